@@ -15,17 +15,17 @@
     python script.py --evaluate [model.pt]     score weights on the 10,000 test images
     python script.py --predict digit.png ...   read digits from picture files
 
-The accuracy is the last epoch's on all 10,000 test images, never the best epoch's.
-README.md shows what a run prints and what it reached.
+Reached: 99.56 % in one run with the default seed, at the last epoch and not the best, on all 10,000 test
+images. README.md shows what that run printed.
 """
 
 import argparse
 import contextlib
 import copy
-import csv
 import gzip
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -88,6 +88,9 @@ class Recipe:
     shear: float = knob(10.0, "± degrees, along x")
     translate: float = knob(0.07, "± of the image's side")
     scale: float = knob(0.1, "± of the image's size")
+    interpolation: str = knob("bicubic", "or bilinear, whose blur the test images do not have")
+    # Choices are made on training images that are held out, never on the test images.
+    holdout: int = knob(0, "images", "leave the last N training images out of training, and score on them")
     # Compiled and eager steps differ in the last bits, so a resumed run must keep to its own.
     compile: bool = knob(True, "where the machine can and the run is long enough")
 
@@ -210,14 +213,15 @@ def affine_matrices(rotation: Tensor, angle: Tensor, shear: Tensor, scale: Tenso
     return torch.cat((linear, linear @ (-2 * shift[:, :, None])), dim=2)  # the grid is 2 wide
 
 
-def warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Resample each image (B, 1, H, W) by its own matrix (B, 2, 3): one bilinear interpolation; outside is 0."""
+def warp(images: Tensor, matrices: Tensor, interpolation: str) -> Tensor:
+    """Resample each image (B, 1, H, W) by its own matrix (B, 2, 3): one interpolation; outside is background (0)."""
     height, width = images.shape[2:]
     identity = torch.eye(2, 3, device=images.device)[None]
     points = F.pad(F.affine_grid(identity, [1, 1, height, width], align_corners=False), (0, 1), value=1.0)
     # All grids are one matrix product; F.affine_grid, on as many images, takes ten times as long on a CPU.
-    grid = (matrices.view(-1, 3) @ points.view(-1, 3).T).view(-1, 2, height, width).permute(0, 2, 3, 1)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    grid = (matrices.reshape(-1, 3) @ points.view(-1, 3).T).view(-1, 2, height, width).permute(0, 2, 3, 1)
+    warped = F.grid_sample(images, grid, interpolation, padding_mode="zeros", align_corners=False)
+    return warped.clamp_(0, 1)  # bicubic curves overshoot
 
 
 def augment(images: Tensor, recipe: Recipe) -> Tensor:
@@ -228,7 +232,7 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
 
     rotation, angle, shear = draw(recipe.rotation), draw(recipe.affine_rotation), draw(recipe.shear)
     scale, shift = 1 + draw(recipe.scale), draw(recipe.translate, 2)
-    return warp(images, affine_matrices(rotation, angle, shear, scale, shift))
+    return warp(images, affine_matrices(rotation, angle, shear, scale, shift), recipe.interpolation)
 
 
 class Loader:
@@ -351,6 +355,7 @@ def make_step(net: Net, optimizer, scheduler, recipe: Recipe, say: Say = print) 
 
     def compiled() -> Step:  # on the CPU: half the time of eager, with the pools, dropouts and types below
         twin = CompilerNet(net)
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA without a GPU
 
         @torch.compile(dynamic=False)
         def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,7 +431,7 @@ def make_step(net: Net, optimizer, scheduler, recipe: Recipe, say: Say = print) 
 
 
 class Score(NamedTuple):
-    """An evaluation; as a string, the log's result line."""
+    """An evaluation; as a string, what the log's result line says."""
 
     loss: float  # mean over the images
     predicted: Tensor  # (N,) int64, on the CPU
@@ -438,7 +443,7 @@ class Score(NamedTuple):
 
     def __str__(self) -> str:
         right = f"{self.table.trace()}/{len(self.predicted)} ({self.accuracy:.2f}%)"
-        return f"Test set: Average loss: {self.loss:.4f}, Accuracy: {right}"
+        return f"Average loss: {self.loss:.4f}, Accuracy: {right}"
 
 
 @torch.no_grad()
@@ -508,8 +513,12 @@ def fit(recipe: Recipe, run: Path, data_dir: Path, device: torch.device, checkpo
         log(summary())
         log(f"device: {device.type}; torch {torch.__version__}")
         log(f"seed: {recipe.seed}")
-    train_loader = Loader(*load_mnist(data_dir, True, device, log), recipe.batch_size, recipe)
-    test_loader = Loader(*load_mnist(data_dir, False, device, log), 1000)
+    train_set = load_mnist(data_dir, True, device, log)
+    if recipe.holdout:
+        train_set, test_set = zip(*(part.tensor_split((-recipe.holdout,)) for part in train_set), strict=True)
+    else:
+        test_set = load_mnist(data_dir, False, device, log)
+    train_loader, test_loader = Loader(*train_set, recipe.batch_size, recipe), Loader(*test_set, 1000)
 
     seed_everything(recipe.seed, 0)
     net = Net().to(device)
@@ -524,7 +533,11 @@ def fit(recipe: Recipe, run: Path, data_dir: Path, device: torch.device, checkpo
     def keep() -> None:
         state = {"recipe": asdict(recipe), "history": history, "log": log.lines}
         save(run / "checkpoint.pt", packed(state | {name: part.state_dict() for name, part in parts.items()}))
-        save(run / "history.csv", as_csv(history))
+        tell()
+
+    def tell() -> None:
+        rows = [HISTORY, *(row.values() for row in history)]
+        save(run / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
         save(run / "train.log", log.text())
 
     for epoch in range(len(history) + 1, recipe.epochs + 1):
@@ -532,19 +545,21 @@ def fit(recipe: Recipe, run: Path, data_dir: Path, device: torch.device, checkpo
         seed_everything(recipe.seed, epoch)
         train_loss, train_accuracy, rate, bar = train(net, train_loader, step, scheduler, epoch)
         score = test(net, test_loader)
-        log(f"{bar}\n\n{score}\n")
         numbers = epoch, train_loss, train_accuracy, score.loss, score.accuracy, rate
         history.append(dict(zip(HISTORY, (*numbers, round(time.perf_counter() - start, 2)), strict=True)))
+        log.lines.append(f"{bar}\n\n{'Held-out' if recipe.holdout else 'Test'} set: {score}\n")
         try:
             keep()
         except KeyboardInterrupt:  # a finished epoch is kept, whatever the moment
             keep()
             raise
+        finally:
+            print(log.lines[-1], flush=True)  # after the save, so that what is printed can be resumed
 
     score = test(net, test_loader)
     minutes, seconds = divmod(round(sum(row["seconds"] for row in history)), 60)
     log(f"Final accuracy: {score.accuracy:.2f}% after {recipe.epochs} epochs in {minutes} min {seconds} s; see {run}")
-    save(run / "train.log", log.text())
+    tell()
     save(run / "model.pt", packed({name: value.cpu().contiguous() for name, value in net.state_dict().items()}))
     for name, picture in draw(history, score, train_loader, test_loader):
         save(run / name, picture)
@@ -604,15 +619,6 @@ class Log:
 
     def text(self) -> bytes:
         return "".join(line + "\n" for line in self.lines).encode()
-
-
-def as_csv(rows: list[dict]) -> bytes:
-    """The rows as CSV under a header of their keys."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def new_run(out_dir: Path, seed: int) -> Path:
@@ -696,7 +702,8 @@ def draw_table(table: Tensor) -> bytes:
     """The confusion matrix; colour shows the errors, which the diagonal would drown."""
     figure = Figure(figsize=(5.6, 5.4), layout="constrained")
     axes = figure.subplots()
-    axes.imshow((table * ~torch.eye(10, dtype=torch.bool)).numpy(), cmap="Reds")
+    errors = (table * ~torch.eye(10, dtype=torch.bool)).numpy()
+    axes.imshow(errors, cmap="Reds", vmax=2 * errors.max() + 1)
     for true, read in table.nonzero().tolist():
         axes.text(read, true, int(table[true, read]), ha="center", va="center", fontsize=8)
     axes.set(xlabel="read as", ylabel="true digit", xticks=range(10), yticks=range(10))
@@ -732,7 +739,7 @@ def evaluate(weights: Path, data_dir: Path, device: torch.device) -> None:
     """Print the test line, each digit's accuracy and the confusion matrix."""
     net = load_net(weights).to(device)
     score = test(net, Loader(*load_mnist(data_dir, False, device), 1000))
-    print(f"{score}\n\ndigit  accuracy  read as" + "".join(f"{digit:>6}" for digit in range(10)))
+    print(f"Test set: {score}\n\ndigit  accuracy  read as" + "".join(f"{digit:>6}" for digit in range(10)))
     for digit, row in enumerate(score.table.tolist()):
         print(f"{digit:>5}  {100 * row[digit] / sum(row):7.2f}%         " + "".join(f"{count:>6}" for count in row))
 
@@ -807,7 +814,7 @@ def number(kind: type, least: float) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if least <= (value := kind(text)) < 2**63:
+            if least <= (value := kind(text)) < (2**63 if kind is int else math.inf):
                 return value
         wanted = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} of at least {least}")
@@ -845,8 +852,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace,
         parser.error("--out-dir is for a new run; a resumed one stays in its folder")
     if args.weights and not args.predict:
         parser.error("--weights goes with --predict")
-    if given.get("batch_size", 1) > 60000:
-        parser.error(f"--batch-size {given['batch_size']} is larger than the 60,000 training images")
+    images, batch_size = 60_000 - given.get("holdout", 0), given.get("batch_size", Recipe.batch_size)
+    if batch_size > images:
+        parser.error(f"--batch-size {batch_size} is larger than the {max(images, 0):,} training images")
     able = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
         args.device = next(device for device in able if able[device])
@@ -871,7 +879,7 @@ def read_checkpoint(run: Path, given: dict, parser: Parser) -> tuple[Recipe, dic
         raise Failure(f"{run / 'checkpoint.pt'} was not made by this script.py") from error
     for name, value in given.items():
         if value != (stored := getattr(recipe, name)):
-            parser.error(f"{flag_name(name)} {value} contradicts the run's recipe, which has {stored}")
+            parser.error(f"{flag_name(name)} contradicts the run: {name} is {stored} there, {value} here")
     return recipe, checkpoint
 
 

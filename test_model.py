@@ -5,6 +5,7 @@ pytest                  all of it: the whole 20-epoch run, and faults injected i
 """
 
 import csv
+import ctypes
 import gzip
 import hashlib
 import http.server
@@ -13,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -94,6 +96,15 @@ def command(*arguments, **options):
     """`python script.py ...` in a process of its own, its output captured as text."""
     line = [sys.executable, str(HERE / "script.py"), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, encoding="utf-8", check=False, **options)
+
+
+FAULTS_TOLD = {}  # the README's table of faults: what happens, by fault
+
+
+def fault(what, happens):
+    """Put a row into the README's table of faults, beside the test that tries it."""
+    FAULTS_TOLD[what] = happens
+    return lambda test: test
 
 
 def only_run(folder):
@@ -258,7 +269,8 @@ def test_the_training_loader_shows_each_image_once_in_a_new_order():
 def warp(images, rotation=0.0, angle=0.0, shear=0.0, scale=1.0, shift=(0.0, 0.0)):
     """script.py's transformation of images (B, 1, H, W) with given numbers instead of drawn ones."""
     same, shift = torch.ones(len(images)), torch.tensor(shift).expand(len(images), 2)
-    return script.warp(images, script.affine_matrices(rotation * same, angle * same, shear * same, scale * same, shift))
+    matrices = script.affine_matrices(rotation * same, angle * same, shear * same, scale * same, shift)
+    return script.warp(images, matrices, "bilinear")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +287,7 @@ def test_augmentation_agrees_with_torchvisions_affine(test_set, angle, shear, sc
 
 def test_augmentation_turns_first_and_then_transforms(test_set):
     # Large and smooth, so that torchvision's two interpolations differ little from our one.
-    images = vision.resize(test_set[0][:50].float() / 255, [224, 224], InterpolationMode.BICUBIC)
+    images = vision.resize(test_set[0][:50].float() / 255, [224, 224], InterpolationMode.BICUBIC).clamp(0, 1)
     turned = vision.rotate(images, -5, InterpolationMode.BILINEAR)
     theirs = vision.affine(turned, 3, [16, -8], 1.1, [10, 0], InterpolationMode.BILINEAR)
     ours = warp(images, 5.0, 3, 10, 1.1, [16 / 224, -8 / 224])
@@ -307,6 +319,17 @@ def test_augmentation_keeps_to_each_range_of_the_recipe(monkeypatch, name):
         centre, spread = float(key == "scale"), 0.5 * (key == name)
         assert values.min().item() == pytest.approx(centre - spread, abs=0.01)
         assert values.max().item() == pytest.approx(centre + spread, abs=0.01)
+
+
+def test_bicubic_keeps_the_strokes_that_bilinear_blurs(test_set):
+    images = test_set[0][:500].float() / 255
+    half_a_pixel = torch.tensor([[1.0, 0.0, 1 / 28], [0.0, 1.0, 1 / 28]]).expand(500, 2, 3)
+    spread = {mode: script.warp(images, half_a_pixel, mode).std().item() for mode in ("bilinear", "bicubic")}
+    assert spread["bilinear"] < 0.94 * images.std().item()
+    assert spread["bicubic"] > 0.955 * images.std().item()
+    shown = script.augment(images, script.Recipe())
+    assert shown.min() >= 0
+    assert shown.max() <= 1
 
 
 def test_background_stays_background(test_set):
@@ -407,7 +430,7 @@ def test_the_result_line_has_two_decimals():
     table = torch.zeros(10, 10, dtype=torch.int64)
     table[0, 0], table[0, 1] = 9952, 48
     score = script.Score(0.01532, torch.zeros(10_000), table)
-    assert str(score) == "Test set: Average loss: 0.0153, Accuracy: 9952/10000 (99.52%)"
+    assert str(score) == "Average loss: 0.0153, Accuracy: 9952/10000 (99.52%)"
 
 
 # ---------------------------------------------------------------- a run and what it leaves
@@ -499,6 +522,30 @@ def test_two_runs_of_one_seed_are_equal_and_of_another_are_not(small_run, tmp_pa
     assert not torch.equal(first["conv1.weight"], weights[8]["conv1.weight"])
 
 
+def test_holdout_never_looks_at_the_test_images(tmp_path, monkeypatch, train_set):
+    asked = []
+
+    def load(data_dir, train, *args):
+        asked.append(train)
+        return tuple(part[:960] for part in train_set)
+
+    seen = []
+    monkeypatch.setattr(script, "load_mnist", load)
+    make_loader = script.Loader.__init__
+    monkeypatch.setattr(
+        script.Loader, "__init__", lambda self, *args: seen.append(args[:2]) or make_loader(self, *args)
+    )
+    arguments = ["--holdout", "160", "--epochs", "1", "--device", "cpu", "--out-dir", str(tmp_path)]
+    assert script.main(arguments) == 0
+    assert asked == [True]
+    for (images, labels), part in zip(seen, (slice(0, 800), slice(800, 960)), strict=True):
+        assert torch.equal(images, train_set[0][part])
+        assert torch.equal(labels, train_set[1][part])
+    log = (only_run(tmp_path) / "train.log").read_text(encoding="utf-8")
+    assert "\nHeld-out set: Average loss" in log
+    assert "Test set" not in log
+
+
 def test_a_step_that_cannot_be_compiled_says_why(monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no compiler here\nsecond line")
@@ -543,6 +590,11 @@ def test_the_readme_tells_what_the_reference_run_printed():
     assert all(number in row for number in final)
 
 
+def test_the_readmes_table_of_faults_is_what_the_tests_assert():
+    rows = [f"| {what} | {happens} |" for what, happens in FAULTS_TOLD.items()]
+    assert "\n".join(["| fault | what happens |", "|---|---|", *rows]) in (HERE / "README.md").read_text("utf-8")
+
+
 def test_the_readmes_links_and_pictures_exist():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
@@ -582,6 +634,9 @@ def test_help_names_every_flag_and_default(capsys):
         (["--epochs", "1.5"], "argument --epochs: '1.5' is not a whole number of at least 1"),
         (["--batch-size", "0"], "argument --batch-size: '0' is not a whole number of at least 1"),
         (["--batch-size", "60001"], "--batch-size 60001 is larger than the 60,000 training images"),
+        (["--batch-size", "20", "--holdout", "59990"], "--batch-size 20 is larger than the 10 training images"),
+        (["--holdout", "60000"], "--batch-size 32 is larger than the 0 training images"),
+        (["--holdout", "-1"], "argument --holdout: '-1' is not a whole number of at least 0"),
         (["--max-lr", "-0.1"], "argument --max-lr: '-0.1' is not a number of at least 0"),
         (["--max-lr", "nan"], "argument --max-lr: 'nan' is not a number of at least 0"),
         (["--max-lr", "inf"], "argument --max-lr: 'inf' is not a number of at least 0"),
@@ -749,6 +804,10 @@ def test_predict_makes_mnist_of_mnist(test_set):
     assert min(similar) > 0.5  # a stroke at the threshold of ink, and so a pixel's shift
 
 
+@fault(
+    "a picture that is empty, truncated, no picture, blank, huge, a folder or missing, among good ones",
+    "named, each with its reason; the good ones are answered; status 1",
+)
 def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch, capsys, test_set):
     monkeypatch.chdir(tmp_path)
     good = digit_picture(test_set, 7)
@@ -851,6 +910,10 @@ def same_as_committed(data_dir):
     )
 
 
+@fault(
+    "an extracted data file is missing, truncated, altered or unreadable",
+    "extracted again from its verified archive, with a line that says so",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "a folder"])
 @pytest.mark.parametrize("name", ARCHIVES)
@@ -889,6 +952,10 @@ def test_a_damaged_archive_is_refused_without_a_network(data_dir, no_network, ca
     assert not archive.with_suffix("").exists()
 
 
+@fault(
+    "a data archive is missing, truncated or altered too",
+    "downloaded and verified; without a network one line says what to put where; status 1",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "a folder"])
 @pytest.mark.parametrize("name", ARCHIVES)
@@ -922,3 +989,417 @@ def test_a_folder_in_an_extracted_files_place_is_refused(data_dir, no_network, c
     extracted = data_dir / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     FAULTS["a folder"](extracted)
     assert refused(capsys, "--evaluate", "--data-dir", data_dir) == f"cannot write {extracted}: Is a directory"
+
+
+def unprivileged():
+    """In a child before exec: let root, too, be bound by file permissions (Linux capabilities(7))."""
+    if os.geteuid() == 0:
+        drop_from_bounding_set, override_permissions, read_anything = 24, 1, 2
+        libc = ctypes.CDLL(None, use_errno=True)
+        for capability in (override_permissions, read_anything):
+            if libc.prctl(drop_from_bounding_set, capability, 0, 0, 0):
+                raise OSError(ctypes.get_errno(), "prctl")
+
+
+OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="drops Linux capabilities")
+def test_file_permissions(data_dir):
+    raw = data_dir / "MNIST" / "raw"
+
+    def evaluate():
+        return command("--evaluate", "--data-dir", data_dir, preexec_fn=unprivileged, env={**os.environ, **OFFLINE})
+
+    labels = raw / "t10k-labels-idx1-ubyte"
+    labels.chmod(0)
+    done = evaluate()
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"data: {labels} is damaged or unreadable; extracting it again\nTest set: ")
+
+    raw.chmod(0o555)
+    assert evaluate().returncode == 0  # nothing is written where nothing is missing
+    labels.chmod(0)
+    done = evaluate()
+    assert (done.returncode, done.stderr) == (1, f"script.py: error: cannot write {labels}: Permission denied\n")
+    raw.chmod(0o755)
+    labels.with_suffix(".gz").chmod(0)
+    done = evaluate()
+    assert done.returncode == 1
+    assert "t10k-labels-idx1-ubyte.gz is missing or damaged and cannot be downloaded" in done.stderr
+
+
+# ---------------------------------------------------------------- interruption
+
+
+def child(moment, *arguments):
+    """What a child process runs: main() on 640 images, killed without warning at a moment such as `write 5`.
+
+    `step N` is inside the N-th step, `write N` in the N-th file's temporary, `renamed N` behind its rename.
+    """
+    load = script.load_mnist
+    script.load_mnist = lambda *args: tuple(part[:640] for part in load(*args))
+    if os.environ.get("COMPILE"):
+        script.LONG_RUN = 0
+    kind, _, count = moment.partition(" ")
+    place = {"step": (torch.optim.Adam, "step"), "write": (os, "fsync"), "renamed": (os, "replace")}.get(kind)
+    if place:
+        original, calls = getattr(*place), []
+
+        def deadly(*args, **options):
+            calls.append(args)
+            result = original(*args, **options) if kind == "renamed" else None
+            if len(calls) == int(count):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result if kind == "renamed" else original(*args, **options)
+
+        setattr(*place, deadly)
+    sys.exit(script.main(list(arguments)))
+
+
+def in_child(moment, *arguments, **environment):
+    """Run child() in a process of its own."""
+    code = f"import test_model; test_model.child{(moment, *map(str, arguments))!r}"
+    environment = {**os.environ, "PYTHONPATH": str(HERE), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", env=environment, check=False
+    )
+
+
+THREE_EPOCHS = "--epochs", "3", "--device", "cpu", "--out-dir"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The run of three epochs that nothing interrupts."""
+    out = tmp_path_factory.mktemp("unbroken")
+    assert in_child("never", *THREE_EPOCHS, out).returncode == 0
+    return only_run(out)
+
+
+def assert_same_end(run, unbroken):
+    """Both runs ended with the same weights, the same history but for its times, and the same files."""
+    first, second = (torch.load(folder / "model.pt", weights_only=True) for folder in (run, unbroken))
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    histories = [
+        [{**row, "seconds": None} for row in csv.DictReader((folder / "history.csv").open())]
+        for folder in (run, unbroken)
+    ]
+    assert histories[0] == histories[1]
+    assert {path.name for path in run.iterdir()} == {path.name for path in unbroken.iterdir()}
+    accuracies = [
+        re.findall(r"Accuracy: .*", (folder / "train.log").read_text(encoding="utf-8")) for folder in (run, unbroken)
+    ]
+    assert accuracies[0] == accuracies[1]
+
+
+# A run of three epochs saves recipe.json (1), then checkpoint.pt, history.csv and train.log after each epoch (2-4,
+# 5-7, 8-10), then history.csv, train.log, model.pt (13) and four pictures (14-17). An epoch is 20 steps.
+
+
+@fault(
+    "killed (SIGKILL) before the first epoch ends",
+    "nothing to resume, and `--resume` says so",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["write 1", "step 10", "write 2"])
+def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume(tmp_path, moment):
+    assert in_child(moment, *THREE_EPOCHS, tmp_path).returncode == -signal.SIGKILL
+    run = only_run(tmp_path)
+    done = in_child("never", "--resume", run)
+    checkpoint = run / "checkpoint.pt"
+    assert done.stderr == f"script.py: error: cannot read {checkpoint}: No such file or directory\n"
+    assert done.returncode == 1
+
+
+@fault(
+    "killed at any later moment: in an epoch, while a file is written, between files, during the pictures",
+    "`--resume` ends in the same weights, bit for bit, the same history and the same files as an unbroken run",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "renamed 2",
+        "write 3",
+        "renamed 4",
+        "step 30",
+        "write 5",
+        "write 6",
+        "write 8",
+        "write 11",
+        "write 12",
+        "write 14",
+    ],
+)
+def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path, unbroken, moment):
+    assert in_child(moment, *THREE_EPOCHS, tmp_path).returncode == -signal.SIGKILL
+    run = only_run(tmp_path)
+    done = in_child("never", "--resume", run)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same_end(run, unbroken)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_with_a_compiled_step_it_ends_in_the_same_bits(tmp_path):
+    runs = []
+    for name, moment in (("unbroken", "never"), ("killed", "step 30")):
+        done = in_child(moment, *THREE_EPOCHS, tmp_path / name, COMPILE="1")
+        runs.append(only_run(tmp_path / name))
+    assert done.returncode == -signal.SIGKILL
+    done = in_child("never", "--resume", runs[1], COMPILE="1")
+    assert done.returncode == 0
+    log = (runs[1] / "train.log").read_text(encoding="utf-8")
+    if "step: eager" in log:
+        pytest.skip("this machine cannot compile: " + re.search("step: eager.*", log)[0])
+    assert log.count("step: compiled") == 2
+    assert_same_end(*runs)
+
+
+@fault(
+    "Ctrl-C, SIGTERM",
+    "the finished epochs are kept; one line says how to go on; status 130, 143",
+)
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_finished_epochs_and_says_how_to_go_on(tmp_path, number, status):
+    arguments = ["--epochs", "2", "--batch-size", "250", "--out-dir", str(tmp_path / "my runs")]
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "script.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    for line in process.stdout:
+        if line.startswith("Test set:"):
+            process.send_signal(number)
+            break
+    _, errors = process.communicate()
+    assert process.returncode == status
+    run = only_run(tmp_path / "my runs")
+    assert errors == (f"script.py: interrupted; what was finished is kept: python script.py --resume '{run}'\n")
+    assert len(script.load(run / "checkpoint.pt")["history"]) == 1
+    done = command("--resume", run)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((run / "history.csv").read_text().splitlines()) == 3
+    assert (run / "model.pt").exists()
+
+
+def test_resuming_a_finished_run_does_nothing(small_run, capsys):
+    before = {path: path.read_bytes() for path in small_run.iterdir()}
+    assert script.main(["--resume", str(small_run), "--epochs", "2", "--seed", "7"]) == 0
+    assert capsys.readouterr().out == f"{small_run} is finished: 2 epochs; nothing to do\n"
+    assert {path: path.read_bytes() for path in small_run.iterdir()} == before
+
+
+@fault(
+    "`--resume` with a flag that contradicts the run",
+    "refused, with the flag and both values; status 2",
+)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "3"], "--epochs contradicts the run: epochs is 2 there, 3 here"),
+        (["--max-lr", "0.5"], "--max-lr contradicts the run: max_lr is 0.02 there, 0.5 here"),
+        (["--no-compile"], "--no-compile contradicts the run: compile is True there, False here"),
+    ],
+)
+def test_resuming_with_another_recipe_is_refused(small_run, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--resume", str(small_run), *arguments])
+    assert capsys.readouterr().err == f"script.py: error: {message}\n"
+
+
+@fault(
+    "a checkpoint that is truncated, foreign or a hostile pickle",
+    "refused, and no code in it runs; status 1",
+)
+def test_checkpoints_that_are_none(small_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content = (small_run / "checkpoint.pt").read_bytes()
+    for name, damaged, message in (
+        ("cut", content[: len(content) // 2], "is not a checkpoint, or is damaged"),
+        ("weights", (small_run / "model.pt").read_bytes(), "was not made by this script.py"),
+        ("hostile", script.packed(Hostile()), "is not a checkpoint, or is damaged"),
+    ):
+        Path(name).mkdir()
+        Path(name, "checkpoint.pt").write_bytes(damaged)
+        assert refused(capsys, "--resume", name).startswith(f"{Path(name, 'checkpoint.pt')} {message}")
+    assert refused(capsys, "--resume", "nowhere").startswith("cannot read nowhere")
+    assert not Path("hostile", "hostile").exists()
+    assert not Path("hostile").is_file()
+
+
+# ---------------------------------------------------------------- faults of the machine
+
+
+@fault(
+    "the disk fills while any file is written",
+    "the file and the cause are named, earlier files stay whole, `--resume` goes on; status 1",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "time"),
+    [
+        ("recipe.json", 1),
+        ("checkpoint.pt", 1),
+        ("checkpoint.pt", 2),
+        ("history.csv", 2),
+        ("train.log", 2),
+        ("train.log", 3),
+        ("model.pt", 1),
+        ("curves.png", 1),
+        ("misclassified.png", 1),
+    ],
+)
+def test_a_full_disk_is_named_and_spoils_no_earlier_file(tmp_path, monkeypatch, capsys, few_images, name, time):
+    resource = pytest.importorskip("resource")
+    save, calls = script.save, []
+
+    def with_little_room(path, content):
+        calls.append(path.name)
+        if path.name != name or calls.count(name) != time:
+            return save(path, content)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, limits[1]))
+        try:
+            return save(path, content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(script, "save", with_little_room)
+    line = refused(capsys, "--epochs", "2", "--device", "cpu", "--out-dir", tmp_path)
+    run = only_run(tmp_path)
+    assert line.startswith(f"cannot write {run / name}: File too large")
+    assert {path.name for path in run.iterdir()} == set(calls[:-1])  # no temporary, no part of a file
+    if "checkpoint.pt" in calls[:-1]:
+        assert line.endswith(f"python script.py --resume {run}")
+        finished = len(script.load(run / "checkpoint.pt")["history"])
+        assert finished == calls[:-1].count("checkpoint.pt")
+        monkeypatch.setattr(script, "save", save)
+        assert script.main(["--resume", str(run)]) == 0
+        assert len((run / "history.csv").read_text().splitlines()) == 3
+
+
+@fault(
+    "a loss that is not finite",
+    "the run stops with epoch, step and learning rate; the last good checkpoint is kept; status 1",
+)
+def test_an_absurd_learning_rate_stops_the_run(tmp_path, capsys, few_images):
+    line = refused(capsys, "--max-lr", "1e30", "--epochs", "1", "--device", "cpu", "--out-dir", tmp_path)
+    found = re.fullmatch(
+        r"the loss is not finite: epoch 1, step (\d+) of 30, learning rate (\S+); try a lower --max-lr", line
+    )
+    assert 1 < int(found[1]) <= 30
+    assert 1e28 < float(found[2]) <= 1e30
+    assert {path.name for path in only_run(tmp_path).iterdir()} == {"recipe.json"}
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys, few_images):
+    make_step, calls = script.make_step, []
+
+    def poisoned(*args):
+        step = make_step(*args)
+
+        def once_nan(images, labels):
+            loss, right = step(images, labels)
+            calls.append(loss)
+            return (loss * math.nan if len(calls) == 40 else loss), right
+
+        return once_nan
+
+    monkeypatch.setattr(script, "make_step", poisoned)
+    line = refused(capsys, "--epochs", "2", "--device", "cpu", "--out-dir", tmp_path)
+    assert line.startswith("the loss is not finite: epoch 2, step 10 of 30, learning rate 0.0")
+    assert len(script.load(only_run(tmp_path) / "checkpoint.pt")["history"]) == 1
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def hungry(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(script, "load_mnist", hungry)
+    line = refused(capsys, "--device", "cpu", "--out-dir", tmp_path)
+    assert line == "cpu is out of memory; try a smaller --batch-size, or --device cpu"
+
+
+@fault(
+    "no C++ compiler, no home directory, one core",
+    "it trains, and the log says why the step is not compiled",
+)
+@pytest.mark.slow
+def test_without_compiler_home_or_second_core_it_trains_and_says_so(tmp_path):
+    environment = {
+        "COMPILE": "1",
+        "CXX": str(tmp_path / "no compiler"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "HOME": "/dev/null/nowhere",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = in_child("never", "--epochs", "1", "--device", "cpu", "--out-dir", tmp_path / "runs", **environment)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    line = re.search(r"^step: eager, float32, threads: 1 \(compilation failed: .+\)$", done.stdout, re.MULTILINE)
+    assert line
+    assert done.stdout.count("step: ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the compiled step is tried where CI has it")
+def test_the_compiled_step_trains_as_the_eager_one(test_set, monkeypatch):
+    monkeypatch.setattr(script, "LONG_RUN", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # float32, so that only the order of sums differs
+    losses, said = {}, []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        net, recipe = script.Net().to(memory_format=torch.channels_last), script.Recipe(compile=compiled)
+        net.drop1.p = net.drop2.p = 0.0
+        step, lines = step_of(net, recipe, 100)
+        said += lines
+        losses[compiled] = [step(*first_batch(test_set))[0].item() for _ in range(10)]
+    assert "eager" in said[0]
+    if "compiled, float32" not in said[1]:
+        pytest.skip("this machine cannot compile: " + said[1])
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_captured_step_trains_as_the_eager_one(test_set, monkeypatch):
+    monkeypatch.setattr(script, "LONG_RUN", 0)
+    losses = {}
+    for name in ("eager", "captured", "captured again"):
+        torch.manual_seed(1)
+        net, recipe = script.Net().cuda(), script.Recipe(compile=name != "eager")
+        net.drop1.p = net.drop2.p = 0.0
+        step, (line,) = step_of(net, recipe, 100)
+        assert line.startswith(f"step: {name.split()[0]}")
+        images, labels = (part.cuda() for part in first_batch(test_set))
+        losses[name] = [step(images, labels)[0].item() for _ in range(10)]
+        step(images[:7], labels[:7])  # an odd batch, eager, must not disturb the graph's gradients
+        losses[name].append(step(images, labels)[0].item())
+    assert losses["captured"] == losses["captured again"]
+    assert losses["captured"] == pytest.approx(losses["eager"], rel=0.02)
+
+
+# ---------------------------------------------------------------- the claim
+
+
+@pytest.mark.slow
+def test_twenty_epochs_pass_99_40_percent_at_the_last(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole_run")
+    done = command("--out-dir", out)
+    assert done.returncode == 0, done.stderr
+    run = only_run(out)
+    rows = list(csv.DictReader((run / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 21)]
+    accuracy = float(rows[-1]["test_accuracy"])
+    print(f"last epoch: {accuracy:.2f}%")
+    assert accuracy > 99.40
+    assert done.stdout.encode() == (run / "train.log").read_bytes()
+    assert f"Final accuracy: {accuracy:.2f}% after 20 epochs in " in done.stdout.splitlines()[-1]
+    evaluated = command("--evaluate", run / "model.pt")
+    assert evaluated.stdout.splitlines()[0] == re.findall(r"Test set: .*", done.stdout)[-1]
