@@ -2,8 +2,9 @@
 
     python bench.py    prints one table, in under five minutes on two cores
 
-Every row trains the same network on the same images with the same recipe. The rows take turns in one
-process, and the medians of their repeats are compared, so that a noisy machine slows all of them alike.
+Every row trains the same network on the same images, the stock loop with the source document's values and
+augmentation, script.py with its own. The rows take turns in one process, and the medians of their repeats are
+compared, so that a noisy machine slows all of them alike.
 """
 
 import os
@@ -25,17 +26,10 @@ from tqdm import tqdm
 import script
 
 IMAGES, REPEATS = 9600, 5  # 300 steps of 32 images a repeat
-FLOP_PER_IMAGE = (
-    2
-    * 3
-    * (  # a multiplication and an addition, forward and twice backward
-        784 * (1 * 10 * 9 + 10 * 20 * 9) + 196 * (20 * 10 + 10 * 20 * 9 + 20 * 20 * 9) + 49 * 20 * 40 * 9 + 40 * 10
-    )
+MULTIPLICATIONS = (
+    784 * (1 * 10 * 9 + 10 * 20 * 9) + 196 * (20 * 10 + 10 * 20 * 9 + 20 * 20 * 9) + 49 * 20 * 40 * 9 + 400
 )
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
+FLOP_PER_IMAGE = 2 * 3 * MULTIPLICATIONS  # each with an addition, forward and twice backward
 
 
 def network(recipe: script.Recipe, device: torch.device):

@@ -1129,9 +1129,13 @@ def test_killed_before_the_first_checkpoint_there_is_nothing_to_resume(tmp_path,
         "write 5",
         "write 6",
         "write 8",
+        "write 9",
+        "write 10",
         "write 11",
         "write 12",
+        "write 13",
         "write 14",
+        "write 15",
     ],
 )
 def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path, unbroken, moment):
