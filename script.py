@@ -88,11 +88,18 @@ class Recipe:
     shear: float = knob(10.0, "± degrees, along x")
     translate: float = knob(0.07, "± of the image's side")
     scale: float = knob(0.1, "± of the image's size")
-    interpolation: str = knob("bicubic", "or bilinear, whose blur the test images do not have")
+    interpolation: str = knob("bicubic", "or bilinear, whose blur the test images do not have, or nearest")
     # Choices are made on training images that are held out, never on the test images.
     holdout: int = knob(0, "images", "leave the last N training images out of training, and score on them")
     # Compiled and eager steps differ in the last bits, so a resumed run must keep to its own.
     compile: bool = knob(True, "where the machine can and the run is long enough")
+
+
+# The source document's own values; where it names none, OneCycleLR's and torchvision's usual ones.
+RECIPES = {
+    "ours": Recipe(),
+    "source": Recipe(max_lr=0.01, weight_decay=1e-4, shear=5.0, translate=0.0, scale=0.0, interpolation="nearest"),
+}
 
 
 # ---------------------------------------------------------------- network
@@ -553,6 +560,7 @@ def fit(recipe: Recipe, run: Path, data_dir: Path, device: torch.device, checkpo
         save(run / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
         save(run / "train.log", log.text())
 
+    score = None
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         start = time.perf_counter()
         seed_everything(recipe.seed, epoch)
@@ -569,7 +577,7 @@ def fit(recipe: Recipe, run: Path, data_dir: Path, device: torch.device, checkpo
         finally:
             print(log.lines[-1], flush=True)  # after the save, so that what is printed can be resumed
 
-    score = test(net, test_loader)
+    score = score or test(net, test_loader)  # a run may be resumed behind its last epoch
     minutes, seconds = divmod(round(sum(row["seconds"] for row in history)), 60)
     log(f"Final accuracy: {score.accuracy:.2f}% after {recipe.epochs} epochs in {minutes} min {seconds} s; see {run}")
     tell()
@@ -643,6 +651,11 @@ def new_run(out_dir: Path, seed: int) -> Path:
             run.mkdir()
             return run
     raise Failure(f"too many runs began this second in {out_dir}")
+
+
+def finished(run: Path) -> bool:
+    """Whether the run has left everything that a run leaves."""
+    return all((run / name).exists() for name in ("model.pt", *PICTURES))
 
 
 def machine(device: torch.device) -> dict[str, str | int | None]:
@@ -843,6 +856,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace,
         kind = number(type(knob.default), knob.metadata["least"])
         text = f"{knob.metadata['flag']} (default: {knob.default})"
         parser.add_argument("--" + knob.name.replace("_", "-"), type=kind, metavar="N", help=text)
+    text = "the values to start from; the flags above go before them (default: ours)"
+    parser.add_argument("--recipe", choices=RECIPES, help=text)
     parser.add_argument("--no-compile", dest="compile", action="store_false", default=None, help="eager steps only")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     parser.add_argument("--data-dir", type=Path, default=HERE / "data", help="default: data/ beside script.py")
@@ -859,8 +874,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace,
     args = parser.parse_args(argv)
 
     given = {knob.name: value for knob in fields(Recipe) if (value := getattr(args, knob.name, None)) is not None}
+    if args.recipe:
+        ours, source, chosen = (asdict(RECIPES[name]) for name in ("ours", "source", args.recipe))
+        given = {name: value for name, value in chosen.items() if ours[name] != source[name]} | given
     if (args.evaluate or args.predict) and (given or args.out_dir):
-        parser.error(f"{flag_name(next(iter(given), 'out_dir'))} is for training only")
+        parser.error(f"{flag_name(next(iter(given), 'out_dir'), args)} is for training only")
     if args.resume and args.out_dir:
         parser.error("--out-dir is for a new run; a resumed one stays in its folder")
     if args.weights and not args.predict:
@@ -876,13 +894,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[Parser, argparse.Namespace,
     return parser, args, given
 
 
-def flag_name(name: str) -> str:
-    """The flag that sets this field of the recipe."""
+def flag_name(name: str, args: argparse.Namespace) -> str:
+    """The flag with which the user set this field of the recipe."""
+    if getattr(args, name, None) is None:
+        return f"--recipe {args.recipe}"
     return {"compile": "--no-compile"}.get(name, "--" + name.replace("_", "-"))
 
 
-def read_checkpoint(run: Path, given: dict, parser: Parser) -> tuple[Recipe, dict]:
+def read_checkpoint(args: argparse.Namespace, given: dict, parser: Parser) -> tuple[Recipe, dict]:
     """A run's recipe and checkpoint; exits with 2 where a flag contradicts the recipe. Raises Failure."""
+    run = args.resume
     for leftover in run.glob(".*.tmp"):  # of a save that was killed
         leftover.unlink()
     checkpoint = load(run / "checkpoint.pt")
@@ -892,7 +913,7 @@ def read_checkpoint(run: Path, given: dict, parser: Parser) -> tuple[Recipe, dic
         raise Failure(f"{run / 'checkpoint.pt'} was not made by this script.py") from error
     for name, value in given.items():
         if value != (stored := getattr(recipe, name)):
-            parser.error(f"{flag_name(name)} contradicts the run: {name} is {stored} there, {value} here")
+            parser.error(f"{flag_name(name, args)} contradicts the run: {name} is {stored} there, {value} here")
     return recipe, checkpoint
 
 
@@ -909,8 +930,8 @@ def main(argv: list[str] | None = None) -> int:
             evaluate(args.evaluate, args.data_dir, device)
             return 0
         if args.resume:
-            recipe, checkpoint = read_checkpoint(run, given, parser)
-            if all((run / name).exists() for name in ("model.pt", *PICTURES)):
+            recipe, checkpoint = read_checkpoint(args, given, parser)
+            if finished(run):
                 print(f"{run} is finished: {recipe.epochs} epochs; nothing to do")
                 return 0
         else:

@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 import script
+import study
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -285,6 +286,16 @@ def test_augmentation_agrees_with_torchvisions_affine(test_set, angle, shear, sc
     assert (ours - images).abs().max() > 0.1
 
 
+def test_the_sources_interpolation_is_torchvisions_default(test_set):
+    images, same = test_set[0][:50].float() / 255, torch.ones(50)
+    theirs = vision.affine(images, 4, [1, -2], 0.9, [5, 0])
+    shift = torch.tensor([1 / 28, -2 / 28]).expand(50, 2)
+    matrices = script.affine_matrices(0 * same, 4 * same, 5 * same, 0.9 * same, shift)
+    ours = script.warp(images, matrices, script.RECIPES["source"].interpolation)
+    assert (ours != theirs).float().mean() < 1e-3  # points that lie between two pixels may fall to either
+    assert (ours != images).float().mean() > 0.1
+
+
 def test_augmentation_turns_first_and_then_transforms(test_set):
     # Large and smooth, so that torchvision's two interpolations differ little from our one.
     images = vision.resize(test_set[0][:50].float() / 255, [224, 224], InterpolationMode.BICUBIC).clamp(0, 1)
@@ -523,6 +534,18 @@ def test_two_runs_of_one_seed_are_equal_and_of_another_are_not(small_run, tmp_pa
     assert not torch.equal(first["conv1.weight"], weights[8]["conv1.weight"])
 
 
+def test_the_sources_recipe_and_a_flag_that_goes_before_it(tmp_path, few_images):
+    arguments = ["--recipe", "source", "--weight-decay", "0.001", "--epochs", "1", "--device", "cpu"]
+    assert script.main([*arguments, "--out-dir", str(tmp_path)]) == 0
+    recipe = json.loads((only_run(tmp_path) / "recipe.json").read_text())
+    told = {"batch_size": 32, "max_lr": 0.01, "pct_start": 0.2, "div_factor": 10, "final_div_factor": 100}
+    told |= {"rotation": 5, "affine_rotation": 5, "shear": 5, "translate": 0, "scale": 0, "weight_decay": 0.001}
+    assert {name: recipe[name] for name in told} == told
+    assert script.RECIPES["source"].weight_decay == 1e-4
+    assert script.RECIPES["source"].epochs == 20
+    assert script.RECIPES["ours"] == script.Recipe()
+
+
 def test_holdout_never_looks_at_the_test_images(tmp_path, monkeypatch, train_set):
     asked = []
 
@@ -621,7 +644,7 @@ def test_help_names_every_flag_and_default(capsys):
         script.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     flags = "--epochs --batch-size --max-lr --weight-decay --seed --device --data-dir --out-dir --resume --evaluate"
-    for flag in f"{flags} --predict --weights --no-compile".split():
+    for flag in f"{flags} --predict --weights --no-compile --recipe --holdout".split():
         assert flag in text
     for default in (20, 32, 0.02, 1e-05, 1):
         assert f"(default: {default})" in text
@@ -651,6 +674,8 @@ def test_help_names_every_flag_and_default(capsys):
         (["--predict", "a.png", "--out-dir", "x"], "--out-dir is for training only"),
         (["--resume", "run", "--out-dir", "x"], "--out-dir is for a new run"),
         (["--weights", "model.pt"], "--weights goes with --predict"),
+        (["--recipe", "theirs"], "argument --recipe: invalid choice: 'theirs'"),
+        (["--evaluate", "--recipe", "source"], "--recipe source is for training only"),
     ],
 )
 def test_bad_usage(tmp_path, monkeypatch, capsys, arguments, message):
@@ -1211,6 +1236,10 @@ def test_resuming_a_finished_run_does_nothing(small_run, capsys):
         (["--epochs", "3"], "--epochs contradicts the run: epochs is 2 there, 3 here"),
         (["--max-lr", "0.5"], "--max-lr contradicts the run: max_lr is 0.02 there, 0.5 here"),
         (["--no-compile"], "--no-compile contradicts the run: compile is True there, False here"),
+        (
+            ["--recipe", "source", "--max-lr", "0.02"],
+            "--recipe source contradicts the run: weight_decay is 1e-05 there, 0.0001 here",
+        ),
     ],
 )
 def test_resuming_with_another_recipe_is_refused(small_run, capsys, arguments, message):
@@ -1388,6 +1417,164 @@ def test_the_captured_step_trains_as_the_eager_one(test_set, monkeypatch):
         losses[name].append(step(images, labels)[0].item())
     assert losses["captured"] == losses["captured again"]
     assert losses["captured"] == pytest.approx(losses["eager"], rel=0.02)
+
+
+# ---------------------------------------------------------------- study
+
+
+STUDY = "--epochs", "2", "--holdout", "320", "--device", "cpu"
+
+
+def table_of(folder):
+    """study.csv without the seconds, which no two runs share."""
+    with open(folder / "study.csv", newline="") as file:
+        return [{name: row[name] for name in row if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_study_trains_each_seed_once_and_sums_them_up(tmp_path, capsys, few_images):
+    folder = tmp_path / "a study"
+    arguments = [*STUDY, "--out-dir", str(folder), "--seeds"]
+    assert study.main([*arguments, "1,3"]) == 0
+    printed = capsys.readouterr().out
+    runs = {path.name.split("-")[-1]: path for path in folder.iterdir() if path.is_dir()}
+    assert runs.keys() == {"seed1", "seed3"}
+    assert len({(run / "model.pt").read_bytes() for run in runs.values()}) == 2
+    accuracies = []
+    for seed, row in zip((1, 3), table_of(folder), strict=True):
+        with open(runs[f"seed{seed}"] / "history.csv", newline="") as file:
+            last = list(csv.DictReader(file))[-1]  # the last epoch, whatever the best was
+        accuracies.append(float(last["test_accuracy"]))
+        assert row["seed"] == str(seed)
+        assert float(row["accuracy"]) == round(accuracies[-1], 2)
+        assert int(row["errors"]) == pytest.approx(320 * (1 - accuracies[-1] / 100), abs=1e-3)
+        assert f"seed {seed}: {row['accuracy']}%, {row['errors']} errors" in printed
+    assert f"n 2; mean {np.mean(accuracies):.2f}" in printed
+    assert Image.open(folder / "study.png").width > 500
+
+    before = {path: path.read_bytes() for run in runs.values() for path in run.iterdir()}
+    assert study.main([*arguments, "1-4"]) == 0
+    assert f"{folder}: 2 of 4 seeds are finished already" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    assert [row["seed"] for row in table_of(folder)] == ["1", "2", "3", "4"]
+    assert len(list(folder.glob("*-seed*"))) == 4
+
+    with pytest.raises(SystemExit, match="2"):
+        study.main([*arguments, "1", "--max-lr", "nan"])
+    capsys.readouterr()
+    assert study.main([*arguments, "1", "--max-lr", "0.03"]) == 1
+    assert "was trained by another recipe: max_lr is 0.02 there, 0.03 here" in capsys.readouterr().err
+
+
+def test_a_study_goes_on_with_a_seed_that_was_interrupted(tmp_path, monkeypatch, capsys, few_images):
+    assert study.main([*STUDY, "--out-dir", str(tmp_path / "unbroken"), "--seeds", "5"]) == 0
+    original, calls = script.save, []
+
+    def interrupted(path, content):
+        calls.append(path.name)
+        if calls.count("checkpoint.pt") == 2:
+            raise KeyboardInterrupt
+        original(path, content)
+
+    monkeypatch.setattr(script, "save", interrupted)
+    assert study.main([*STUDY, "--out-dir", str(tmp_path / "broken"), "--seeds", "5,6"]) == 130
+    assert "the same command goes on with it" in capsys.readouterr().err
+    monkeypatch.setattr(script, "save", original)
+    assert study.main([*STUDY, "--out-dir", str(tmp_path / "broken"), "--seeds", "5,6"]) == 0
+    assert table_of(tmp_path / "broken")[:1] == table_of(tmp_path / "unbroken")
+    (broken,), (unbroken,) = ((tmp_path / name).glob("*-seed5") for name in ("broken", "unbroken"))
+    assert (broken / "model.pt").read_bytes() == (unbroken / "model.pt").read_bytes()
+
+
+def test_a_study_names_the_seeds_that_failed(tmp_path, capsys, few_images):
+    arguments = [*STUDY, "--max-lr", "1e30", "--out-dir", str(tmp_path), "--seeds", "1,2"]
+    assert study.main(arguments) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "study.py: error: not finished: seeds 1, 2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "study.py: error: the following arguments are required: --seeds"),
+        (["--seeds", "3-1"], "study.py: error: argument --seeds: '3-1' is no list of seeds like 1-20 or 1,2,5-8"),
+        (["--seeds", "x"], "study.py: error: argument --seeds: 'x' is no list of seeds like 1-20 or 1,2,5-8"),
+        (["--seeds", "1", "--epochs", "0"], "script.py: error: argument --epochs: '0' is not"),
+        (["--seeds", "1", "--seed", "2"], "study.py: error: of script.py's flags, only"),
+        (["--seeds", "1", "--resume", "run"], "study.py: error: of script.py's flags, only"),
+    ],
+)
+def test_bad_usage_of_the_study(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        study.main(arguments)
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_seed_lists():
+    assert study.seed_list("1-3") == [1, 2, 3]
+    assert study.seed_list("7,1-2,2") == [1, 2, 7]
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (20, 2.093)])
+def test_the_interval_uses_students_table(n, quantile):
+    assert study.student(n) == pytest.approx(quantile, abs=2e-3)
+
+
+def test_the_summary_is_numpys():
+    values = [99.5, 99.61, 99.44, 99.58, 99.57]
+    half = 2.776 * np.std(values, ddof=1) / np.sqrt(5)
+    low, high = np.mean(values) - half, np.mean(values) + half
+    assert study.summary(values) == (
+        f"n 5; mean {np.mean(values):.3f}%; standard deviation {np.std(values, ddof=1):.3f}; "
+        f"95% interval of the mean {low:.3f} to {high:.3f}; minimum 99.44%; maximum 99.61%"
+    )
+
+
+FEW = """\
+import signal, sys, script, study
+load = script.load_mnist
+script.load_mnist = lambda *args: tuple(part[:1600] for part in load(*args))
+signal.signal(signal.SIGTERM, script.interrupt)
+sys.exit(study.main())
+"""
+
+
+def run_study(folder, *before):
+    """A study of three seeds on few images in processes of its own, one thread each."""
+    folder.parent.joinpath("few.py").write_text(FEW)
+    line = [sys.executable, *before, folder.parent / "few.py", *STUDY, "--seeds", "1-3", "--out-dir", folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.Popen(
+        list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to find a rank, and kills it")
+def test_a_study_over_two_ranks_gives_the_same_table_and_survives_a_killed_rank(tmp_path):
+    two = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    alone = run_study(tmp_path / "alone")
+    assert alone.wait() == 0, alone.stderr.read()
+
+    ranks = run_study(tmp_path / "ranks", *two)
+    while not list((tmp_path / "ranks").glob("*-seed2/checkpoint.pt")):
+        assert ranks.poll() is None, ranks.stderr.read()
+        threading.Event().wait(0.05)
+    children = Path(f"/proc/{ranks.pid}/task/{ranks.pid}/children").read_text().split()
+    second = next(pid for pid in children if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    assert ranks.wait() != 0
+    assert not (tmp_path / "ranks" / "study.csv").exists()
+
+    again = run_study(tmp_path / "ranks", *two)
+    printed, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert table_of(tmp_path / "ranks") == table_of(tmp_path / "alone")
+    assert printed.count("n 3; mean") == 1  # one table, the first rank's
+    assert len(list((tmp_path / "ranks").glob("*-seed2"))) == 1  # resumed, not begun anew
 
 
 # ---------------------------------------------------------------- the claim
