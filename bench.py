@@ -1,6 +1,7 @@
 """What a training step costs: script.py beside the loop that everybody writes.
 
-    python bench.py    prints one table, in under five minutes on two cores
+    python bench.py              prints one table, in under five minutes on two cores
+    python bench.py --scaling    images a second by batch size and threads, and assets/scaling.png
 
 Every row trains the same network on the same images, the stock loop with the source document's values and
 augmentation, script.py with its own. The rows take turns in one process, and the medians of their repeats are
@@ -19,6 +20,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from tqdm import tqdm
 import script
 
 IMAGES, REPEATS = 9600, 5  # 300 steps of 32 images a repeat
+SCALING_IMAGES = 10_240  # whole batches of any size
 MULTIPLICATIONS = (
     784 * (1 * 10 * 9 + 10 * 20 * 9) + 196 * (20 * 10 + 10 * 20 * 9 + 20 * 20 * 9) + 49 * 20 * 40 * 9 + 400
 )
@@ -149,6 +152,33 @@ def table(device: torch.device) -> None:
         print(f"peak memory: {peak_memory()}")
 
 
+def scaling(device: torch.device) -> None:
+    """Print and draw the rate of whole training epochs against batch size, for each number of threads."""
+    images, labels = script.load_mnist(script.HERE / "data", True, device)
+    data = images[:SCALING_IMAGES], labels[:SCALING_IMAGES]
+    sizes, cores = [32, 64, 128, 256, 512, 1024], torch.get_num_threads()
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    print(f"{processor()}; {device.type}; torch {torch.__version__}; images/s, medians of {REPEATS} epochs")
+    print(f"{'batch size':24}" + "".join(f"{size:>8,}" for size in sizes))
+    for threads in range(1, cores + 1) if device.type == "cpu" else [cores]:
+        torch.set_num_threads(threads)
+        rates = []
+        for size in sizes:
+            torch.compiler.reset()  # it would count the batch sizes as recompilations of one function
+            epoch, _, way = ours(replace(script.Recipe(), batch_size=size), device, data)
+            epoch()  # warm
+            rates.append(SCALING_IMAGES / statistics.median(seconds(epoch) for _ in range(REPEATS)))
+        print(f"{way.removeprefix('step: '):24}" + "".join(f"{rate:8,.0f}" for rate in rates), flush=True)
+        axes.plot(sizes, rates, marker="o", label=way.removeprefix("step: "))
+    axes.set(xscale="log", xlabel="batch size", ylabel="images a second", ylim=(0, None))
+    axes.set_xticks(sizes, map(str, sizes), minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    script.save(script.HERE / "assets" / "scaling.png", script.png(figure))
+
+
 def processor() -> str:
     """The processor's name, where the system tells it."""
     capabilities = torch.cpu.get_capabilities()
@@ -156,4 +186,9 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    table(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser = script.Parser("bench.py", description="What a training step costs.")
+    parser.add_argument(
+        "--scaling", action="store_true", help="the rate by batch size and threads instead of the table"
+    )
+    work = scaling if parser.parse_args().scaling else table
+    work(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
