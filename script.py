@@ -15,7 +15,7 @@
     python script.py --evaluate [model.pt]     score weights on the 10,000 test images
     python script.py --predict digit.png ...   read digits from picture files
 
-Reached: 99.56 % in one run with the default seed, at the last epoch and not the best, on all 10,000 test
+Reached: 99.57 % in one run with the default seed, at the last epoch and not the best, on all 10,000 test
 images. README.md shows what that run printed.
 """
 
@@ -75,19 +75,19 @@ class Recipe:
     epochs: int = knob(20, "passes over the training images", "number of epochs", least=1)
     batch_size: int = knob(32, "images", "images in a step", least=1)
     max_lr: float = knob(0.02, "per step", "learning rate at the peak of the cycle")
-    weight_decay: float = knob(1e-5, "L2 penalty", "Adam's weight decay")
+    weight_decay: float = knob(2e-6, "L2 penalty", "Adam's weight decay")
     seed: int = knob(1, "", "seed of everything that is random")
-    # The cycle (OneCycleLR): from max_lr / 10 up over the first fifth of the steps, then down to max_lr / 1000;
-    # Adam's beta1 cycles against it between 0.95 and 0.85, as is OneCycleLR's default.
+    # The cycle (OneCycleLR): from max_lr / 10 up over the first fifth of the steps, then down to max_lr / 1000.
     pct_start: float = knob(0.2, "of all steps")
     div_factor: float = knob(10.0, "max_lr / first learning rate")
     final_div_factor: float = knob(100.0, "first / last learning rate")
+    cycle_momentum: bool = knob(False, "whether Adam's beta1 runs from 0.95 to 0.85 and back, or stays at 0.9")
     # The augmentation, drawn anew for each image: a rotation, then an affine transformation.
     rotation: float = knob(5.0, "± degrees")
     affine_rotation: float = knob(5.0, "± degrees")
     shear: float = knob(10.0, "± degrees, along x")
     translate: float = knob(0.07, "± of the image's side")
-    scale: float = knob(0.1, "± of the image's size")
+    scale: float = knob(0.04, "± of the image's size")
     interpolation: str = knob("bicubic", "or bilinear, whose blur the test images do not have, or nearest")
     # Choices are made on training images that are held out, never on the test images.
     holdout: int = knob(0, "images", "leave the last N training images out of training, and score on them")
@@ -98,7 +98,15 @@ class Recipe:
 # The source document's own values; where it names none, OneCycleLR's and torchvision's usual ones.
 RECIPES = {
     "ours": Recipe(),
-    "source": Recipe(max_lr=0.01, weight_decay=1e-4, shear=5.0, translate=0.0, scale=0.0, interpolation="nearest"),
+    "source": Recipe(
+        max_lr=0.01,
+        weight_decay=1e-4,
+        cycle_momentum=True,
+        shear=5.0,
+        translate=0.0,
+        scale=0.0,
+        interpolation="nearest",
+    ),
 }
 
 
@@ -248,7 +256,7 @@ class Loader:
     With a recipe it shuffles and augments, by torch's global generator; without, it keeps the order.
     """
 
-    CHUNK = 4000  # images made ready at a time: enough to amortise the calls, few enough for the cache
+    CHUNK = 2000  # images made ready at a time: enough to amortise the calls, few enough for the cache
 
     def __init__(self, images: Tensor, labels: Tensor, batch_size: int, recipe: Recipe | None = None) -> None:
         self.images, self.labels, self.batch_size, self.recipe = images, labels, batch_size, recipe
@@ -282,6 +290,7 @@ def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int):
         pct_start=0.0 if recipe.pct_start * total_steps == 1 else recipe.pct_start,
         div_factor=recipe.div_factor,
         final_div_factor=recipe.final_div_factor,
+        cycle_momentum=recipe.cycle_momentum,
     )
 
 

@@ -100,11 +100,11 @@ def train(seed: int, folder: Path, flags: list[str], recipe: script.Recipe) -> i
 
 def student(n: int) -> float:
     """The 97.5 % quantile of Student's t distribution with n - 1 degrees of freedom, integrated numerically."""
-    nu, x = n - 1, np.linspace(0, 20, 200_001)
-    density = (
-        math.gamma((nu + 1) / 2) / math.gamma(nu / 2) / math.sqrt(nu * math.pi) * (1 + x**2 / nu) ** (-(nu + 1) / 2)
-    )
-    return float(x[np.searchsorted(np.cumsum(density) * (x[1] - x[0]), 0.475)])
+    nu, width = n - 1, 1e-4
+    x = np.arange(width / 2, 20, width)  # the middles of the intervals
+    scale = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / math.sqrt(nu * math.pi)
+    share = np.cumsum(scale * (1 + x**2 / nu) ** (-(nu + 1) / 2)) * width
+    return float(x[np.searchsorted(share, 0.475)])
 
 
 def summary(accuracies: list[float]) -> str:
@@ -124,13 +124,14 @@ def picture(curves: list[list[float]]) -> bytes:
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     for curve in curves:
         left.plot(range(1, len(curve) + 1), curve, color="tab:blue", alpha=0.4, linewidth=1)
-    left.axhline(99.4, color="grey", linestyle="--")
+    left.axhline(99.4, color="grey", linestyle="--", label="99.4")
     last = [curve[-1] for curve in curves]
     left.set(
         title=f"accuracy (%), {len(curves)} seeds", xlabel="epoch", ylim=(min(98.5, *last), max(99.7, *last) + 0.1)
     )
     left.xaxis.get_major_locator().set_params(integer=True)
     left.grid(alpha=0.3)
+    left.legend(loc="lower right")
     steps = np.arange(round(100 * min([99.4, *last])) - 1, round(100 * max(last)) + 3) / 100 - 0.005
     right.hist(last, bins=steps, color="tab:blue")
     right.axvline(99.4, color="grey", linestyle="--")
@@ -200,8 +201,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"study.py: error: {failure}", file=sys.stderr)
     except OSError as error:
         print(f"study.py: error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-    except KeyboardInterrupt:  # between two seeds; within one, script.main() has its own way
-        return 130
+    except KeyboardInterrupt as interrupt:  # between two seeds; within one, script.main() has its own way
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

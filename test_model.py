@@ -194,10 +194,21 @@ def test_one_cycle_follows_the_recipe_for_37500_steps():
     peak = round(recipe.pct_start * steps) - 1
     assert rates.index(max(rates)) == peak
     assert (rates[0], rates[peak], rates[-1]) == pytest.approx((first, recipe.max_lr, last), rel=1e-3)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
     for low, start, end in ((first, 0, peak), (last, steps - 1, peak)):  # two half cosines
         cosine = [low + (recipe.max_lr - low) * (1 - math.cos(math.pi * part / 8)) / 2 for part in range(9)]
         measured = [rates[round(start + (end - start) * part / 8)] for part in range(9)]
         assert measured == pytest.approx(cosine, rel=1e-3)
+
+
+def test_the_sources_cycle_moves_beta1_as_one_cycle_does_by_default():
+    optimizer, scheduler = script.make_optimizer(script.Net(), script.RECIPES["source"], 1000)
+    optimizer.step()
+    betas = []
+    for _ in range(1000):
+        betas.append(optimizer.param_groups[0]["betas"][0])
+        scheduler.step()
+    assert (betas[0], min(betas), betas[199], betas[-1]) == pytest.approx((0.95, 0.85, 0.85, 0.95))
 
 
 @pytest.mark.parametrize("steps", range(1, 12))
@@ -646,7 +657,7 @@ def test_help_names_every_flag_and_default(capsys):
     flags = "--epochs --batch-size --max-lr --weight-decay --seed --device --data-dir --out-dir --resume --evaluate"
     for flag in f"{flags} --predict --weights --no-compile --recipe --holdout".split():
         assert flag in text
-    for default in (20, 32, 0.02, 1e-05, 1):
+    for default in (20, 32, 0.02, 2e-06, 1):
         assert f"(default: {default})" in text
     assert "centre of mass" in text
 
@@ -1238,7 +1249,7 @@ def test_resuming_a_finished_run_does_nothing(small_run, capsys):
         (["--no-compile"], "--no-compile contradicts the run: compile is True there, False here"),
         (
             ["--recipe", "source", "--max-lr", "0.02"],
-            "--recipe source contradicts the run: weight_decay is 1e-05 there, 0.0001 here",
+            "--recipe source contradicts the run: weight_decay is 2e-06 there, 0.0001 here",
         ),
     ],
 )
