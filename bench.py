@@ -165,7 +165,6 @@ def scaling(device: torch.device) -> None:
         torch.set_num_threads(threads)
         rates = []
         for size in sizes:
-            torch.compiler.reset()  # it would count the batch sizes as recompilations of one function
             epoch, _, way = ours(replace(script.Recipe(), batch_size=size), device, data)
             epoch()  # warm
             rates.append(SCALING_IMAGES / statistics.median(seconds(epoch) for _ in range(REPEATS)))

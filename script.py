@@ -381,6 +381,7 @@ def make_step(net: Net, optimizer, scheduler, recipe: Recipe, say: Say = print) 
         return loss.detach(), right
 
     def compiled() -> Step:  # on the CPU: a third less time than eager, with the pools and dropouts above
+        torch.compiler.reset()  # or it counts every new network as one more recompilation of the same code
         twin = CompilerNet(net)
         keys = [twin.drop1.key, twin.drop2.key]
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA without a GPU
@@ -565,8 +566,7 @@ def fit(recipe: Recipe, run: Path, data_dir: Path, device: torch.device, checkpo
         tell()
 
     def tell() -> None:
-        rows = [HISTORY, *(row.values() for row in history)]
-        save(run / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
+        save(run / "history.csv", as_csv(HISTORY, history))
         save(run / "train.log", log.text())
 
     score = None
@@ -615,6 +615,11 @@ def save(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def as_csv(columns: tuple[str, ...], rows: list[dict]) -> bytes:
+    """A CSV file's content: the columns' names, then the rows."""
+    return "".join(",".join(map(str, row)) + "\n" for row in (columns, *(row.values() for row in rows))).encode()
 
 
 def packed(content: object) -> bytes:
@@ -955,12 +960,16 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         problem = f"error: {error.filename or 'system'}: {error.strerror or error}"
     except KeyboardInterrupt as interrupt:
-        status = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-        problem = "interrupted"
+        status, problem = interrupt_status(interrupt), "interrupted"
     if run and (run / "checkpoint.pt").exists():
         problem += f"; what was finished is kept: python script.py --resume {shlex.quote(str(run))}"
     print(f"script.py: {problem}", file=sys.stderr)
     return status
+
+
+def interrupt_status(interrupt: KeyboardInterrupt) -> int:
+    """The exit status of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def interrupt(signum: int, _frame) -> None:

@@ -46,12 +46,12 @@ def seed_list(text: str) -> list[int]:
 
 def parse_arguments(argv: list[str] | None) -> tuple[list[int], Path, list[str], script.Recipe]:
     """The seeds, the study's folder, the flags for script.py and the recipe they make; exits with 2 on bad usage."""
-    parser = script.Parser("study.py", description="Accuracy over many seeds.", allow_abbrev=False)
+    text = "script.py's flags for training pass through: see python script.py --help"
+    parser = script.Parser("study.py", description="Accuracy over many seeds.", epilog=text, allow_abbrev=False)
     text = "seeds to train: a number, a range or a list, as 1-20 or 1,2,5-8"
     parser.add_argument("--seeds", type=seed_list, required=True, metavar="LIST", help=text)
     text = "the study's folder (default: runs/study, with the other flags in its name)"
     parser.add_argument("--out-dir", type=Path, help=text)
-    parser.epilog = "script.py's flags for training pass through: see python script.py --help"
     args, flags = parser.parse_known_args(argv)
     _, theirs, given = script.parse_arguments(flags)
     if "seed" in given or theirs.resume or theirs.evaluate or theirs.predict:
@@ -93,7 +93,6 @@ def train(seed: int, folder: Path, flags: list[str], recipe: script.Recipe) -> i
     """Train a seed, from its last checkpoint where there is one; script.py's exit status."""
     begun = [run for run in runs_of(folder, seed, recipe) if (run / "checkpoint.pt").exists()]
     place = ["--resume", str(begun[-1])] if begun else ["--out-dir", str(folder)]
-    torch.compiler.reset()  # every seed is a new network, of which the compiler would count the recompilations
     with contextlib.redirect_stdout(io.StringIO()):  # what it prints is in its train.log
         return script.main([*flags, "--seed", str(seed), *place])
 
@@ -144,8 +143,7 @@ def picture(curves: list[list[float]]) -> bytes:
 def report(folder: Path, found: dict[int, tuple[dict, list[float]]]) -> None:
     """Print the table, and leave study.csv and study.png."""
     rows = [found[seed][0] for seed in sorted(found)]
-    lines = [COLUMNS, *(row.values() for row in rows)]
-    script.save(folder / "study.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    script.save(folder / "study.csv", script.as_csv(COLUMNS, rows))
     script.save(folder / "study.png", picture([curve for _, curve in found.values()]))
     print("\n" + "".join(f"{column:>10}" for column in COLUMNS))
     for row in rows:
@@ -161,7 +159,7 @@ def study(seeds: list[int], folder: Path, flags: list[str], recipe: script.Recip
         gathered = [results(folder, seeds, recipe)] * world
         if world > 1:
             dist.all_gather_object(gathered, gathered[0])
-        return {seed: found for part in reversed(gathered) for seed, found in part.items()}
+        return {seed: found for part in gathered for seed, found in part.items()}
 
     folder.mkdir(parents=True, exist_ok=True)
     done = everywhere()
@@ -202,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"study.py: error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt as interrupt:  # between two seeds; within one, script.main() has its own way
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return script.interrupt_status(interrupt)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
