@@ -15,8 +15,8 @@
     python script.py --evaluate [model.pt]     score weights on the 10,000 test images
     python script.py --predict digit.png ...   read digits from picture files
 
-Reached: 99.57 % in one run with the default seed, at the last epoch and not the best, on all 10,000 test
-images. README.md shows what that run printed.
+Reached: 99.57 % on average over seeds 1 to 20 (99.48 to 99.65 %), at the last epoch and not the best, on all
+10,000 test images. README.md shows every seed, and what a run prints.
 """
 
 import argparse

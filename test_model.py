@@ -619,8 +619,27 @@ def test_the_readme_tells_what_the_reference_run_printed():
     assert log in readme
     assert SOURCE_TABLE in log
     (final,) = re.findall(r"^Final accuracy: (\d\d\.\d\d)% after 20 epochs in (\d+ min \d+ s)", log, re.M)
-    (row,) = re.findall(r"^\| \*\*this repository\*\* .*$", readme, re.M)
-    assert all(number in row for number in final)
+    (told,) = re.findall(r"^`python script.py` is seed 1: (\d\d\.\d\d)% in (\d+ min \d+ s)", readme, re.M)
+    assert told == final
+
+
+@pytest.mark.parametrize(
+    ("file", "seeds", "start"),
+    [("study", 20, "**ours**"), ("study-xeon", 10, "ours, on another"), ("study-source", 10, "the source's,")],
+)
+def test_the_readme_tells_what_the_studies_found(file, seeds, start):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    with open(HERE / "assets" / f"{file}.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["seed"] for row in rows] == [str(seed) for seed in range(1, seeds + 1)]
+    assert "".join("".join(f"{value:>10}" for value in row.values()) + "\n" for row in rows) in readme
+    values = np.array([float(row["accuracy"]) for row in rows])
+    assert f"\nn {seeds}; mean {values.mean():.3f}%; standard deviation {values.std(ddof=1):.3f}; " in readme
+    (row,) = re.findall(rf"^\| {re.escape(start)} .*$", readme, re.M)
+    mean, deviation, least, most = re.findall(r"\b\d+\.\d+\b", row.split(f"| {seeds} |")[1])
+    assert (mean, deviation) == (f"{values.mean():.3f}", f"{values.std(ddof=1):.3f}")
+    assert (least, most) == (f"{values.min():.2f}", f"{values.max():.2f}")
+    assert values.min() > 99.40
 
 
 def test_the_readmes_table_of_faults_is_what_the_tests_assert():
