@@ -1231,6 +1231,8 @@ def test_a_signal_keeps_the_finished_epochs_and_says_how_to_go_on(tmp_path, numb
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
+        # A suite that a shell put into the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if line.startswith("Test set:"):
