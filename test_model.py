@@ -634,7 +634,7 @@ def test_the_readme_tells_what_the_studies_found(file, seeds, start):
     assert [row["seed"] for row in rows] == [str(seed) for seed in range(1, seeds + 1)]
     assert "".join("".join(f"{value:>10}" for value in row.values()) + "\n" for row in rows) in readme
     values = np.array([float(row["accuracy"]) for row in rows])
-    assert f"\nn {seeds}; mean {values.mean():.3f}%; standard deviation {values.std(ddof=1):.3f}; " in readme
+    assert f"\n{study.summary(values.tolist())}\n" in readme
     (row,) = re.findall(rf"^\| {re.escape(start)} .*$", readme, re.M)
     mean, deviation, least, most = re.findall(r"\b\d+\.\d+\b", row.split(f"| {seeds} |")[1])
     assert (mean, deviation) == (f"{values.mean():.3f}", f"{values.std(ddof=1):.3f}")
