@@ -1,0 +1,65 @@
+"""What the suites share: test_model.py beside script.py, and those in tests/ of the other programs.
+
+The README's table of faults is made of what the tests try: `fault(what, happens)` stands above such a test, in any
+suite, and test_model.py imports all suites and compares the table with FAULTS_TOLD.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import script
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+FAULTS_TOLD = {}  # the README's table of faults: what happens, by fault
+
+
+def pytest_collection_modifyitems(items):
+    """The whole run, which takes minutes, comes last."""
+    items.sort(key=lambda item: item.name.startswith("test_twenty_epochs"))
+
+
+def fault(what, happens):
+    """Put a row into the README's table of faults, beside the test that tries it."""
+    FAULTS_TOLD[what] = happens
+    return lambda test: test
+
+
+def command(*arguments, **options):
+    """`python script.py ...` in a process of its own, its output captured as text."""
+    line = [sys.executable, str(HERE / "script.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, encoding="utf-8", check=False, **options)
+
+
+def only_run(folder):
+    """The one run in the folder."""
+    (run,) = folder.iterdir()
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def train_set():
+    """The 60,000 training images and labels."""
+    return script.load_mnist(HERE / "data", True, CPU)
+
+
+@pytest.fixture(scope="session")
+def test_set():
+    """The 10,000 test images and labels."""
+    return script.load_mnist(HERE / "data", False, CPU)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Let script.py see the first 960 images of each set only, so that an epoch takes a second."""
+    load = script.load_mnist
+    monkeypatch.setattr(script, "load_mnist", lambda *args: tuple(part[:960] for part in load(*args)))

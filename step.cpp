@@ -1,0 +1,540 @@
+// One training step of script.py's network on a processor: forward pass, loss and backward pass, in float32.
+//
+// script.py compiles this file when it starts, checks a batch against autograd, and then calls step() where it would call
+// the network and loss.backward(). step() reads the network's own parameters, and leaves gradients and running statistics
+// where PyTorch would, so that optimizer, schedule and checkpoint see an ordinary network.
+//
+// Layout. Images are taken in blocks of LANES, as many as a vector register holds numbers, and the image is the innermost
+// axis: a Vector is one pixel of LANES images. So all that costs time is plain loops over whole vectors, whatever a map's
+// size. A block's maps lie as [channel][row][column] in a frame of zeros, which is the convolutions'
+// padding: no loop asks whether it stands at the edge.
+//
+// Threads. A thread takes whole blocks through all layers. Blocks meet only where batch normalisation needs sums over the
+// batch, five times on the way forward and five on the way back. Every sum is taken within a block and then over the
+// blocks in their order, so that any number of threads gives the same bits.
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, TILE = 10;  // 32 registers of 16 numbers: the sums of 10 channels x 2 pixels, and inputs
+#else
+constexpr int LANES = 8, TILE = 5;  // as AVX2's 16 registers of 8 numbers want it: 5 channels x 2 pixels
+#endif
+constexpr int TILE_WIDTH = 2;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Mask __attribute__((vector_size(4 * LANES)));  // of a comparison: in each lane all bits, or none
+typedef uint32_t Integers __attribute__((vector_size(4 * LANES)));
+
+static inline float sum(Vector v) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += v[lane];
+    return total;
+}
+
+// The feature maps (CHANNELS, SIDE, SIDE) of one block. Rows and columns run from -1 to SIDE: those two are the frame.
+template <int CHANNELS, int SIDE>
+struct Maps {
+    static constexpr int channels = CHANNELS, side = SIDE, area = SIDE * SIDE;
+    struct {
+        Vector value[SIDE + 2][SIDE + 2];
+        Vector spacer;  // 16 x 16 maps would lie a power of two apart, and push each other out of the cache
+    } channel[CHANNELS];
+
+    Vector& operator()(int c, int h, int w) { return channel[c].value[h + 1][w + 1]; }
+};
+
+template <class Z, class Work>
+static inline void for_pixels(Work work) {
+    for (int h = 0; h < Z::side; h++)
+        for (int w = 0; w < Z::side; w++) work(h, w);
+}
+
+template <class Z>
+static inline float channel_sum(Z& z, int c) {
+    Vector total = {};
+    for_pixels<Z>([&](int h, int w) { total += z(c, h, w); });
+    return sum(total);
+}
+
+// ---------------------------------------------------------------- convolution
+
+// A tile of a convolution: TILE channels of `width` neighbours, whose sums stay in registers while all inputs pass by.
+// weight: (in, K, K, out), so that a tile's weights lie side by side. The gradient of a convolution's input is this same
+// convolution with in and out exchanged and the kernel turned by half a turn: PyTorch's (out, K, K, in) has just that
+// order of axes, and the taps are taken from the last to the first.
+template <int K, bool turned, int width, class In, class Out, class Store>
+static inline void convolve_tile(In& x, const float* weight, Out& y, int first, int h, int w, Store store) {
+    Vector total[TILE][width] = {};
+    for (int in = 0; in < In::channels; in++)
+        for (int kh = 0; kh < K; kh++) {
+            const Vector* row = &x(in, h + kh - K / 2, w - K / 2);
+            const float* weights = weight + (in * K + (turned ? K - 1 - kh : kh)) * K * Out::channels + first;
+#pragma GCC unroll 3
+            for (int kw = 0; kw < K; kw++)
+#pragma GCC unroll 10
+                for (int c = 0; c < TILE; c++)
+#pragma GCC unroll 2
+                    for (int p = 0; p < width; p++)
+                        total[c][p] += row[kw + p] * weights[(turned ? K - 1 - kw : kw) * Out::channels + c];
+        }
+#pragma GCC unroll 10
+    for (int c = 0; c < TILE; c++)
+#pragma GCC unroll 2
+        for (int p = 0; p < width; p++) store(y(first + c, h, w + p), total[c][p], first + c);
+}
+
+// Not inlined, or the many variables of step() would push the tile's sums out of the registers.
+template <int K, bool turned, class In, class Out, class Store>
+[[gnu::noinline]] static void convolve(In& x, const float* weight, Out& y, Store store) {
+    for (int first = 0; first < Out::channels; first += TILE)
+        for (int h = 0; h < Out::side; h++) {
+            for (int w = 0; w + TILE_WIDTH <= Out::side; w += TILE_WIDTH)
+                convolve_tile<K, turned, TILE_WIDTH>(x, weight, y, first, h, w, store);
+            if (Out::side % TILE_WIDTH) convolve_tile<K, turned, 1>(x, weight, y, first, h, Out::side - 1, store);
+        }
+}
+
+// z = conv(x). weight: (out, K, K, in), bias: (out,)
+template <int K, class In, class Out>
+static void conv(In& x, const float* weight, const float* bias, Out& z) {
+    float in_first[In::channels][K * K][Out::channels];
+    for (int in = 0; in < In::channels; in++)
+        for (int tap = 0; tap < K * K; tap++)
+            for (int c = 0; c < Out::channels; c++)
+                in_first[in][tap][c] = weight[(c * K * K + tap) * In::channels + in];
+    convolve<K, false>(x, in_first[0][0], z, [&](Vector& value, Vector total, int c) { value = total + bias[c]; });
+}
+
+// The gradient of a convolution's input x takes x's place; dz is that of its output.
+template <int K, class Out, class In>
+static void conv_backward(Out& dz, const float* weight, In& x) {
+    convolve<K, true>(dz, weight, x, [](Vector& value, Vector total, int) { value = total; });
+}
+
+// The same, and on through x = dropout(relu(y)) to the gradient of y. Where x is 0, ReLU or dropout let nothing pass;
+// elsewhere y was scaled by 1 / (1 - rate), or by 1 without dropout.
+template <int K, class Out, class In>
+static void conv_relu_backward(Out& dz, const float* weight, In& x, float scale) {
+    convolve<K, true>(dz, weight, x, [=](Vector& value, Vector total, int) {
+        value = value > 0.0f ? total * scale : Vector{};
+    });
+}
+
+// The gradient of the weights, (out, K, K, in): sums of dz times x over pixels and images. One row of K taps of GROUP
+// output channels stays in registers, and a strip of so many rows is taken at a time that dz stays in the nearest cache.
+template <int K, class In, class Out>
+[[gnu::noinline]] static void weight_gradient(In& x, Out& dz, Vector* scratch, float* gradient) {
+    constexpr int GROUP = LANES < 16 && Out::channels % 4 == 0 ? 4 : 5, ROWS = Out::side == 28 ? 2 : 7;
+    for (int top = 0; top < Out::side; top += ROWS)
+        for (int first = 0; first < Out::channels; first += GROUP)
+            for (int in = 0; in < In::channels; in++)
+                for (int kh = 0; kh < K; kh++) {
+                    Vector total[GROUP][K] = {};
+                    for (int h = top; h < top + ROWS; h++)
+                        for (int w = 0; w < Out::side; w++)
+#pragma GCC unroll 5
+                            for (int c = 0; c < GROUP; c++)
+#pragma GCC unroll 3
+                                for (int kw = 0; kw < K; kw++)
+                                    total[c][kw] += x(in, h + kh - K / 2, w + kw - K / 2) * dz(first + c, h, w);
+                    for (int c = 0; c < GROUP; c++)
+                        for (int kw = 0; kw < K; kw++) {
+                            Vector& place = scratch[(((first + c) * K + kh) * K + kw) * In::channels + in];
+                            place = top ? place + total[c][kw] : total[c][kw];
+                        }
+                }
+    for (int i = 0; i < Out::channels * K * K * In::channels; i++) gradient[i] = sum(scratch[i]);
+}
+
+// ---------------------------------------------------------------- batch normalisation, ReLU, max-pool, dropout
+
+// Of each channel of a block: the mean of z, and the sum of its squared deviations from that mean.
+template <class Z>
+struct Moments {
+    float mean[Z::channels], squares[Z::channels];
+};
+
+template <class Z>
+static void measure(Z& z, Moments<Z>& moments) {
+    for (int c = 0; c < Z::channels; c++) {
+        Vector squares = {};
+        const float mean = moments.mean[c] = channel_sum(z, c) / (Z::area * LANES);
+        for_pixels<Z>([&](int h, int w) { squares += (z(c, h, w) - mean) * (z(c, h, w) - mean); });
+        moments.squares[c] = sum(squares);
+    }
+}
+
+// Of each channel: y = norm(z) = (z - mean) * inverse * gamma + beta = z * scale + shift
+template <class Z>
+struct Norm {
+    float mean[Z::channels], inverse[Z::channels], scale[Z::channels], shift[Z::channels];
+
+    Norm(const float* means, const float* variances, const float* gamma, const float* beta) {
+        for (int c = 0; c < Z::channels; c++) {
+            mean[c] = means[c];
+            inverse[c] = 1 / std::sqrt(variances[c] + 1e-5f);  // nn.BatchNorm2d's eps
+            scale[c] = gamma[c] * inverse[c];
+            shift[c] = beta[c] - mean[c] * scale[c];
+        }
+    }
+    Vector operator()(int c, Vector z) const { return z * scale[c] + shift[c]; }
+};
+
+// Not the larger of 0 and v: what is not a number must stay so, or a diverged run would look like one that learns.
+static inline Vector relu(Vector v) { return v < 0.0f ? Vector{} : v; }
+
+// a = relu(norm(z))
+template <class Z>
+static void norm_relu(Z& z, const Norm<Z>& norm, Z& a) {
+    for (int c = 0; c < Z::channels; c++)
+        for_pixels<Z>([&](int h, int w) { a(c, h, w) = relu(norm(c, z(c, h, w))); });
+}
+
+// A value is dropped where a hash of its place in the batch and of a key, drawn anew for each step and layer, is below
+// the threshold. The hash, uniform in 32 bits, is lowbias32 of C. Wellons' hash-prospector.
+struct Dropout {
+    const uint32_t key, threshold;
+    const float scale;  // of what stays
+
+    Dropout(float rate, uint32_t key) : key(key), threshold(rate * 4294967296.0), scale(1 / (1 - rate)) {}
+
+    Mask keeps(uint32_t place) const {
+        Integers hash;
+        for (int lane = 0; lane < LANES; lane++) hash[lane] = place + lane;
+        hash = (hash * 0x9E3779B9u) ^ key;
+        hash = (hash ^ (hash >> 16)) * 0x7FEB352Du;
+        hash = (hash ^ (hash >> 15)) * 0x846CA68Bu;
+        return (hash ^ (hash >> 16)) >= threshold;
+    }
+};
+
+// a = dropout(relu(pool(norm(z)))). winner: which of a window's four values was the largest, 0 to 3 in reading order and
+// the first of equals, as in PyTorch. The block holds the images from number `image` on, of `images` in the batch.
+template <class Z, class A>
+static void norm_pool_relu(Z& z, const Norm<Z>& norm, A& a, A& winner, const Dropout& dropout, int image, int images) {
+    const Vector zero = {}, one = zero + 1.0f, two = zero + 2.0f, three = zero + 3.0f;
+    for (int c = 0; c < A::channels; c++)
+        for_pixels<A>([&](int h, int w) {
+            const Vector y0 = norm(c, z(c, 2 * h, 2 * w)), y1 = norm(c, z(c, 2 * h, 2 * w + 1));
+            const Vector y2 = norm(c, z(c, 2 * h + 1, 2 * w)), y3 = norm(c, z(c, 2 * h + 1, 2 * w + 1));
+            const Vector upper = y0 > y1 ? y0 : y1, lower = y2 > y3 ? y2 : y3, most = upper > lower ? upper : lower;
+            winner(c, h, w) = y0 == most ? zero : y1 == most ? one : y2 == most ? two : three;
+            const Mask keeps = dropout.keeps(((c * A::side + h) * A::side + w) * images + image);
+            a(c, h, w) = keeps ? relu(most) * dropout.scale : zero;
+        });
+}
+
+// The gradient of a max-pool's input at (c, h, w): its window's whole gradient for the winner, 0 for the others.
+template <class A>
+static auto unpool(A& gradient, A& winner) {
+    return [&](int c, int h, int w) -> Vector {
+        const float place = 2 * (h % 2) + w % 2;
+        return winner(c, h / 2, w / 2) == place ? gradient(c, h / 2, w / 2) : Vector{};
+    };
+}
+
+template <class Z>
+struct NormGradient {
+    float gamma[Z::channels], beta[Z::channels];
+};
+
+// A block's share of the gradients of gamma and beta, given g(c, h, w), the gradient of y = norm(z).
+template <class Z, class YGradient>
+static void norm_gradient(Z& z, const Norm<Z>& norm, YGradient&& g, NormGradient<Z>& gradient) {
+    for (int c = 0; c < Z::channels; c++) {
+        Vector product = {}, total = {};
+        for_pixels<Z>([&](int h, int w) {
+            product += g(c, h, w) * (z(c, h, w) - norm.mean[c]);
+            total += g(c, h, w);
+        });
+        gradient.gamma[c] = sum(product) * norm.inverse[c];
+        gradient.beta[c] = sum(total);
+    }
+}
+
+// The gradient of z takes z's place. Given are g(c, h, w), that of y = norm(z), and those of gamma and beta over the
+// batch's n values of a channel. Each z has a hand in all n values of y, by way of their mean and variance:
+// dz = scale * (g - dbeta / n - (z - mean) * inverse * dgamma / n)
+template <class Z, class YGradient>
+static void norm_backward(Z& z, const Norm<Z>& norm, YGradient&& g, const NormGradient<Z>& gradient, int images) {
+    const float n = float(images) * Z::area;
+    for (int c = 0; c < Z::channels; c++) {
+        const float scale = norm.scale[c], mean = norm.mean[c], offset = -scale * gradient.beta[c] / n;
+        const float slope = -scale * norm.inverse[c] * gradient.gamma[c] / n;
+        for_pixels<Z>([&](int h, int w) { z(c, h, w) = scale * g(c, h, w) + slope * (z(c, h, w) - mean) + offset; });
+    }
+}
+
+// ---------------------------------------------------------------- the network
+
+using Z1 = Maps<10, 28>;  // the outputs of the convolutions that a batch normalisation follows
+using Z2 = Maps<20, 28>;
+using Z4 = Maps<20, 14>;
+using Z5 = Maps<20, 14>;
+using Z6 = Maps<40, 7>;
+
+struct Parameters {  // in the order of net.parameters(); a convolution's weight is (out, K, K, in)
+    const float *conv1, *bias1, *gamma1, *beta1, *conv2, *bias2, *gamma2, *beta2, *conv3, *bias3;
+    const float *conv4, *bias4, *gamma4, *beta4, *conv5, *bias5, *gamma5, *beta5, *conv6, *bias6, *gamma6, *beta6;
+    const float *conv7, *bias7;
+};
+
+// What a step finds: floats alone, so that the results of the blocks can be added up as such. The gradients are in the
+// order of the parameters. Those of bias1, 2, 4, 5 and 6 stay 0: the batch normalisation that follows subtracts them again.
+struct Result {
+    float conv1[90], bias1[10];
+    NormGradient<Z1> norm1;
+    float conv2[1800], bias2[20];
+    NormGradient<Z2> norm2;
+    float conv3[200], bias3[10], conv4[1800], bias4[20];
+    NormGradient<Z4> norm4;
+    float conv5[3600], bias5[20];
+    NormGradient<Z5> norm5;
+    float conv6[7200], bias6[40];
+    NormGradient<Z6> norm6;
+    float conv7[400], bias7[10];
+    float loss, right;  // the mean loss, and how many images were read right
+};
+
+static_assert(sizeof(Result) == (15440 + 2) * sizeof(float));
+
+struct Statistics {  // of a batch normalisation: running_mean, running_var, num_batches_tracked
+    float *mean, *variance;
+    int64_t* batches;
+};
+
+// All that one block of images needs. On the way back each convolution's output z gives way to its own gradient, and each
+// activation a to the gradient of what went into its ReLU (a3, which has none: to its own).
+struct Block {
+    Maps<1, 28> x;
+    Z1 z1, a1;
+    Z2 z2;
+    Maps<20, 14> a2, winner2;
+    Maps<10, 14> a3;
+    Z4 z4, a4;
+    Z5 z5;
+    Maps<20, 7> a5, winner5;
+    Z6 z6;
+    Vector average[40], output[10];  // of global average pooling and of the network, and then their gradients
+    Moments<Z1> moments1;
+    Moments<Z2> moments2;
+    Moments<Z4> moments4;
+    Moments<Z5> moments5;
+    Moments<Z6> moments6;
+    Vector scratch[7200];
+    Result result;  // this block's share
+};
+
+// pixels: (images, 28, 28). Where fewer than LANES images are left, blank ones fill the block up.
+static void read(const float* pixels, int image, int images, Block& b) {
+    for_pixels<Z1>([&](int h, int w) {
+        for (int lane = 0; lane < LANES; lane++)
+            b.x(0, h, w)[lane] = image + lane < images ? pixels[(image + lane) * 784 + h * 28 + w] : 0;
+    });
+}
+
+// From z6 to the log-probabilities, in b.output: norm, ReLU, global average pooling, the last convolution, log-softmax.
+static void head(Block& b, const Norm<Z6>& norm6, const Parameters& p) {
+    for (int c = 0; c < 40; c++) {
+        Vector total = {};
+        for_pixels<Z6>([&](int h, int w) { total += relu(norm6(c, b.z6(c, h, w))); });
+        b.average[c] = total / 49.0f;
+    }
+    for (int k = 0; k < 10; k++) {
+        b.output[k] = Vector{} + p.bias7[k];
+        for (int c = 0; c < 40; c++) b.output[k] += b.average[c] * p.conv7[k * 40 + c];
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        float most = b.output[0][lane], total = 0;
+        for (int k = 1; k < 10; k++) most = std::max(most, b.output[k][lane]);
+        for (int k = 0; k < 10; k++) total += std::exp(b.output[k][lane] - most);
+        for (int k = 0; k < 10; k++) b.output[k][lane] -= most + std::log(total);
+    }
+}
+
+// The block's loss, and the way back to the average: b.average becomes the gradient of each value that was averaged.
+static void loss_backward(Block& b, const int64_t* label, int images, const Parameters& p) {
+    b.result.loss = b.result.right = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        int best = 0;
+        for (int k = 1; k < 10; k++)
+            if (b.output[k][lane] > b.output[best][lane]) best = k;
+        b.result.right += best == label[lane];
+        b.result.loss -= b.output[label[lane]][lane] / images;
+        for (int k = 0; k < 10; k++) b.output[k][lane] = (std::exp(b.output[k][lane]) - (k == label[lane])) / images;
+    }
+    for (int k = 0; k < 10; k++) {
+        b.result.bias7[k] = sum(b.output[k]);
+        for (int c = 0; c < 40; c++) b.result.conv7[k * 40 + c] = sum(b.output[k] * b.average[c]);
+    }
+    for (int c = 0; c < 40; c++) {
+        b.average[c] = Vector{};
+        for (int k = 0; k < 10; k++) b.average[c] += b.output[k] * p.conv7[k * 40 + c] / 49.0f;
+    }
+}
+
+// ---------------------------------------------------------------- the batch
+
+// The i-th block's share of something, given the first block's.
+template <class Share>
+static const Share& share_of(const Share& first, int i) {
+    return *reinterpret_cast<const Share*>(reinterpret_cast<const char*>(&first) + i * sizeof(Block));
+}
+
+// The norm of the whole batch, from the moments of its blocks (Chan, Golub and LeVeque 1979).
+template <class Z>
+static Norm<Z> norm_of_batch(const Moments<Z>& first, int count, const float* gamma, const float* beta,
+                             const Statistics* running) {
+    const float n = Z::area * LANES, all = n * count;  // values of a channel in a block, and in the batch
+    float mean[Z::channels] = {}, variance[Z::channels] = {};
+    for (int c = 0; c < Z::channels; c++) {
+        for (int i = 0; i < count; i++) mean[c] += share_of(first, i).mean[c] / count;
+        for (int i = 0; i < count; i++) {
+            const float distance = share_of(first, i).mean[c] - mean[c];
+            variance[c] += (share_of(first, i).squares[c] + n * distance * distance) / all;
+        }
+        if (!running) continue;
+        running->mean[c] += 0.1f * (mean[c] - running->mean[c]);  // nn.BatchNorm2d's momentum
+        running->variance[c] += 0.1f * (variance[c] * all / (all - 1) - running->variance[c]);
+    }
+    if (running) ++*running->batches;
+    return Norm<Z>(mean, variance, gamma, beta);
+}
+
+// The sum of all blocks' shares, which are structs of floats.
+template <class Share>
+static Share add_up(const Share& first, int count) {
+    Share total = first;
+    for (int i = 1; i < count; i++)
+        for (size_t k = 0; k < sizeof(Share) / sizeof(float); k++)
+            reinterpret_cast<float*>(&total)[k] += reinterpret_cast<const float*>(&share_of(first, i))[k];
+    return total;
+}
+
+// ---------------------------------------------------------------- what script.py calls
+
+extern "C" {
+
+int lanes() { return LANES; }
+
+size_t block_bytes() { return sizeof(Block); }  // of zeros, at a multiple of 64; one for every LANES images
+
+// Forward, loss and backward of a batch. pixels: (images, 1, 28, 28), labels: (images,), images a multiple of LANES. Leaves
+// the gradients and the loss in `output`, as a Result, and moves the running statistics.
+// Without labels, it is the network in evaluation mode for any number of images, output: (images, 10) log-probabilities.
+void step(Block* blocks, const Parameters& p, const Statistics* running, const float* pixels, const int64_t* labels,
+          int images, float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
+    const int count = (images + LANES - 1) / LANES;
+    const Dropout dropout1(rate1, key1), dropout2(rate2, key2);
+    threads = std::min(threads, count);
+    std::barrier barrier(threads);
+
+    auto work = [&](int thread) {
+        auto each = [&](auto part) {  // for each block of this thread; then wait for the others
+            for (int i = thread; i < count; i += threads) part(blocks[i], i * LANES);
+            barrier.arrive_and_wait();
+        };
+        auto norm = [&]<class Z>(const Moments<Z>& moments, const float* gamma, const float* beta, int index) {
+            if (!labels) return Norm<Z>(running[index].mean, running[index].variance, gamma, beta);
+            return norm_of_batch(moments, count, gamma, beta, thread == 0 ? &running[index] : nullptr);
+        };
+
+        each([&](Block& b, int image) {
+            read(pixels, image, images, b);
+            conv<3>(b.x, p.conv1, p.bias1, b.z1);
+            measure(b.z1, b.moments1);
+        });
+        const Norm norm1 = norm(blocks->moments1, p.gamma1, p.beta1, 0);
+        each([&](Block& b, int) {
+            norm_relu(b.z1, norm1, b.a1);
+            conv<3>(b.a1, p.conv2, p.bias2, b.z2);
+            measure(b.z2, b.moments2);
+        });
+        const Norm norm2 = norm(blocks->moments2, p.gamma2, p.beta2, 1);
+        each([&](Block& b, int image) {
+            norm_pool_relu(b.z2, norm2, b.a2, b.winner2, dropout1, image, images);
+            conv<1>(b.a2, p.conv3, p.bias3, b.a3);
+            conv<3>(b.a3, p.conv4, p.bias4, b.z4);
+            measure(b.z4, b.moments4);
+        });
+        const Norm norm4 = norm(blocks->moments4, p.gamma4, p.beta4, 2);
+        each([&](Block& b, int) {
+            norm_relu(b.z4, norm4, b.a4);
+            conv<3>(b.a4, p.conv5, p.bias5, b.z5);
+            measure(b.z5, b.moments5);
+        });
+        const Norm norm5 = norm(blocks->moments5, p.gamma5, p.beta5, 3);
+        each([&](Block& b, int image) {
+            norm_pool_relu(b.z5, norm5, b.a5, b.winner5, dropout2, image, images);
+            conv<3>(b.a5, p.conv6, p.bias6, b.z6);
+            measure(b.z6, b.moments6);
+        });
+        const Norm norm6 = norm(blocks->moments6, p.gamma6, p.beta6, 4);
+        auto unaverage = [&](Block& b) {  // the gradient of norm6's output, back through average and ReLU
+            return [&](int c, int h, int w) -> Vector {
+                return norm6(c, b.z6(c, h, w)) > 0.0f ? b.average[c] : Vector{};
+            };
+        };
+        each([&](Block& b, int image) {
+            head(b, norm6, p);
+            if (labels) {
+                loss_backward(b, labels + image, images, p);
+                norm_gradient(b.z6, norm6, unaverage(b), b.result.norm6);
+            } else {
+                for (int i = 0; i < std::min(LANES, images - image) * 10; i++)
+                    output[image * 10 + i] = b.output[i % 10][i / 10];
+            }
+        });
+        if (!labels) return;
+
+        const NormGradient gradient6 = add_up(blocks->result.norm6, count);
+        each([&](Block& b, int) {
+            norm_backward(b.z6, norm6, unaverage(b), gradient6, images);
+            weight_gradient<3>(b.a5, b.z6, b.scratch, b.result.conv6);
+            conv_relu_backward<3>(b.z6, p.conv6, b.a5, dropout2.scale);
+            norm_gradient(b.z5, norm5, unpool(b.a5, b.winner5), b.result.norm5);
+        });
+        const NormGradient gradient5 = add_up(blocks->result.norm5, count);
+        each([&](Block& b, int) {
+            norm_backward(b.z5, norm5, unpool(b.a5, b.winner5), gradient5, images);
+            weight_gradient<3>(b.a4, b.z5, b.scratch, b.result.conv5);
+            conv_relu_backward<3>(b.z5, p.conv5, b.a4, 1);
+            norm_gradient(b.z4, norm4, b.a4, b.result.norm4);
+        });
+        const NormGradient gradient4 = add_up(blocks->result.norm4, count);
+        each([&](Block& b, int) {
+            norm_backward(b.z4, norm4, b.a4, gradient4, images);
+            weight_gradient<3>(b.a3, b.z4, b.scratch, b.result.conv4);
+            conv_backward<3>(b.z4, p.conv4, b.a3);
+            weight_gradient<1>(b.a2, b.a3, b.scratch, b.result.conv3);
+            for (int c = 0; c < 10; c++) b.result.bias3[c] = channel_sum(b.a3, c);
+            conv_relu_backward<1>(b.a3, p.conv3, b.a2, dropout1.scale);
+            norm_gradient(b.z2, norm2, unpool(b.a2, b.winner2), b.result.norm2);
+        });
+        const NormGradient gradient2 = add_up(blocks->result.norm2, count);
+        each([&](Block& b, int) {
+            norm_backward(b.z2, norm2, unpool(b.a2, b.winner2), gradient2, images);
+            weight_gradient<3>(b.a1, b.z2, b.scratch, b.result.conv2);
+            conv_relu_backward<3>(b.z2, p.conv2, b.a1, 1);
+            norm_gradient(b.z1, norm1, b.a1, b.result.norm1);
+        });
+        const NormGradient gradient1 = add_up(blocks->result.norm1, count);
+        each([&](Block& b, int) {
+            norm_backward(b.z1, norm1, b.a1, gradient1, images);
+            weight_gradient<3>(b.x, b.z1, b.scratch, b.result.conv1);
+        });
+    };
+    std::vector<std::thread> others;  // starting them anew takes some 30 microseconds, and leaves nothing behind
+    for (int thread = 1; thread < threads; thread++) others.emplace_back(work, thread);
+    work(0);
+    for (std::thread& other : others) other.join();
+    if (labels) *reinterpret_cast<Result*>(output) = add_up(blocks->result, count);
+}
+}
