@@ -13,106 +13,123 @@ import contextlib
 import csv
 import io
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
 import script
 
+MAX_SEEDS = 1000  # a day of training and more; a longer list is a slip of the hand
 COLUMNS = "seed", "accuracy", "errors", "loss", "seconds"
+Result = tuple[tuple, list[float]]  # a seed's row of the table, and its accuracy after each epoch, in percent
 
 
 def seed_list(text: str) -> list[int]:
     """An argparse type: "1-3,7" -> [1, 2, 3, 7]."""
-    seeds = []
+    seeds = set()
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds like 1-20 or 1,2,5-8")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return sorted(set(seeds))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < min(first + MAX_SEEDS, 2**63):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of at most {MAX_SEEDS:,} seeds, as 1-20 or 1,2,5-8")
+        seeds.update(range(first, last + 1))
+    return sorted(seeds)
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[list[int], Path, list[str], script.Recipe]:
-    """The seeds, the study's folder, the flags for script.py and the recipe they make; exits with 2 on bad usage."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with the flags for script.py and the recipe that they make; exits with 2 on bad usage."""
     text = "script.py's flags for training pass through: see python script.py --help"
     parser = script.Parser("study.py", description="Accuracy over many seeds.", epilog=text, allow_abbrev=False)
-    text = "seeds to train: a number, a range or a list, as 1-20 or 1,2,5-8"
-    parser.add_argument("--seeds", type=seed_list, required=True, metavar="LIST", help=text)
-    text = "the study's folder (default: runs/study, with the other flags in its name)"
-    parser.add_argument("--out-dir", type=Path, help=text)
-    args, flags = parser.parse_known_args(argv)
-    _, theirs, given = script.parse_arguments(flags)
-    if "seed" in given or theirs.resume or theirs.evaluate or theirs.predict:
+    parser.add_argument("--seeds", type=seed_list, required=True, metavar="LIST", help="as 1-20 or 1,2,5-8")
+    parser.add_argument("--out-dir", type=Path, help="the study's folder (default: runs/study-<the other flags>)")
+    args, args.flags = parser.parse_known_args(argv)
+    theirs, args.recipe = script.parse_arguments(args.flags)
+    if theirs.seed is not None or theirs.resume or theirs.evaluate:
         parser.error("of script.py's flags, only those that make a recipe, --device and --data-dir have a meaning here")
-    folder = args.out_dir or Path("runs", "-".join(["study", *(re.sub(r"[^\w.]+", "", flag) for flag in flags)]))
-    return args.seeds, folder, flags, script.Recipe(**given)
+    args.resume_flags = ["--device", theirs.device, "--data-dir", str(theirs.data_dir)]
+    args.out_dir = args.out_dir or Path("runs", "-".join(["study", *(re.sub(r"[^\w.]", "", f) for f in args.flags)]))
+    return args
 
 
-def runs_of(folder: Path, seed: int, recipe: script.Recipe) -> list[Path]:
-    """The seed's run folders, oldest first; Failure where one was trained by another recipe."""
-    runs = sorted(folder.glob(f"*-seed{seed}")) + sorted(folder.glob(f"*-seed{seed}-*"))
-    for run in runs:
-        with contextlib.suppress(OSError, ValueError):  # killed before it was written: nothing to compare
-            found, wanted = json.loads((run / "recipe.json").read_text()), asdict(replace(recipe, seed=seed))
-            for name in (field.name for field in fields(recipe) if found.get(field.name) != wanted[field.name]):
-                told = f"{name} is {found.get(name)} there, {wanted[name]} here"
-                raise script.Failure(f"{run} was trained by another recipe: {told}; choose another --out-dir")
-    return runs
+def check_recipe(run: Path, recipe: script.Recipe) -> None:
+    """Raise Failure where the run was trained by another recipe, or does not tell by which."""
+    try:
+        found, wanted = json.loads((run / "recipe.json").read_bytes()), asdict(recipe)
+        told = [f"{name} is {found[name]} there, {wanted[name]} here" for name in wanted if found[name] != wanted[name]]
+    except (OSError, ValueError, TypeError, KeyError):
+        told = ["its recipe.json is missing or damaged"]
+    if told:
+        raise script.Failure(f"{run} is no run of this recipe: {told[0]}; move it away or choose another --out-dir")
 
 
-def result(run: Path, seed: int, recipe: script.Recipe) -> tuple[dict, list[float]]:
-    """A finished run's row of the table, and its accuracy after each epoch in percent."""
-    with open(run / "history.csv", newline="") as file:
-        history = list(csv.DictReader(file))
-    accuracies, images = [float(row["test_accuracy"]) for row in history], recipe.holdout or 10_000
-    errors = round(images * (1 - accuracies[-1] / 100))
-    seconds = round(sum(float(row["seconds"]) for row in history))
-    numbers = seed, f"{accuracies[-1]:.2f}", errors, f"{float(history[-1]['test_loss']):.4f}", seconds
-    return dict(zip(COLUMNS, numbers, strict=True)), accuracies
+def result(run: Path, recipe: script.Recipe) -> Result:
+    """What a finished run reached; Failure where its history.csv is not whole."""
+    path, names = run / "history.csv", ("test_accuracy", "test_loss", "seconds")
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = list(csv.DictReader(io.StringIO(text)))
+        history = np.array([[float(row[name]) for name in names] for row in rows])  # (epochs, 3)
+        if len(rows) != recipe.epochs or not text.endswith("\n") or not np.isfinite(history).all():
+            raise ValueError("cut")
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise script.Failure(f"{path} is missing, cut or damaged; move its folder away to train anew") from error
+    accuracies, losses, seconds = history.T.tolist()
+    errors = round((recipe.holdout or 10_000) * (1 - accuracies[-1] / 100))
+    return (recipe.seed, f"{accuracies[-1]:.2f}", errors, f"{losses[-1]:.4f}", round(sum(seconds))), accuracies
 
 
-def results(folder: Path, seeds: list[int], recipe: script.Recipe) -> dict[int, tuple[dict, list[float]]]:
-    """What each finished seed in the folder reached."""
-    finished = {seed: [run for run in runs_of(folder, seed, recipe) if script.finished(run)] for seed in seeds}
-    return {seed: result(runs[0], seed, recipe) for seed, runs in finished.items() if runs}
+def survey(folder: Path, seeds: list[int], recipe: script.Recipe) -> tuple[dict[int, Result], dict[int, Path]]:
+    """What each finished seed in the folder reached, and the run of each that can be resumed."""
+    finished, begun = {}, {}
+    for seed in seeds:
+        for run in sorted(folder.glob(f"*-seed{seed}")) + sorted(folder.glob(f"*-seed{seed}-*")):
+            if script.finished(run):
+                check_recipe(run, replace(recipe, seed=seed))
+                finished[seed] = result(run, replace(recipe, seed=seed))
+            elif (run / "checkpoint.pt").exists():
+                check_recipe(run, replace(recipe, seed=seed))
+                begun[seed] = run
+    return finished, begun
 
 
-def train(seed: int, folder: Path, flags: list[str], recipe: script.Recipe) -> int:
-    """Train a seed, from its last checkpoint where there is one; script.py's exit status."""
-    begun = [run for run in runs_of(folder, seed, recipe) if (run / "checkpoint.pt").exists()]
-    place = ["--resume", str(begun[-1])] if begun else ["--out-dir", str(folder)]
-    with contextlib.redirect_stdout(io.StringIO()):  # what it prints is in its train.log
-        return script.main([*flags, "--seed", str(seed), *place])
+def gather(value: object) -> list:
+    """Every rank's value, by rank."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    try:
+        if dist.is_initialized():
+            dist.all_gather_object(values, value)
+    except RuntimeError as error:  # gloo's, when it waits in vain
+        raise script.Failure("another rank has ended; its own message says why") from error
+    return values
 
 
-def student(n: int) -> float:
-    """The 97.5 % quantile of Student's t distribution with n - 1 degrees of freedom, integrated numerically."""
-    nu, width = n - 1, 1e-4
-    x = np.arange(width / 2, 20, width)  # the middles of the intervals
-    scale = math.exp(math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)) / math.sqrt(nu * math.pi)
-    share = np.cumsum(scale * (1 + x**2 / nu) ** (-(nu + 1) / 2)) * width
-    return float(x[np.searchsorted(share, 0.475)])
+def shares(seeds: list[int], begun: list[dict[int, Path]]) -> list[list[int]]:
+    """The seeds for each rank, evenly; a begun one goes to a rank that has its run: machines need not share a disk."""
+    parts = [[] for _ in begun]
+    for seed in sorted(seeds, key=lambda seed: not any(seed in runs for runs in begun)):  # the begun ones first
+        able = [part for part, runs in zip(parts, begun, strict=True) if seed in runs]
+        min(able or parts, key=len).append(seed)
+    return parts
 
 
 def summary(accuracies: list[float]) -> str:
     """n, mean, standard deviation, 95 % confidence interval of the mean, minimum and maximum, as one line."""
-    mean, n = statistics.fmean(accuracies), len(accuracies)
+    mean, n = np.mean(accuracies), len(accuracies)
     text = f"n {n}; mean {mean:.3f}%"
     if n > 1:
-        deviation = statistics.stdev(accuracies)
-        half = student(n) * deviation / math.sqrt(n)
+        deviation = np.std(accuracies, ddof=1)
+        half = scipy.stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n)
         text += f"; standard deviation {deviation:.3f}; 95% interval of the mean {mean - half:.3f} to {mean + half:.3f}"
     return text + f"; minimum {min(accuracies):.2f}%; maximum {max(accuracies):.2f}%"
 
@@ -121,62 +138,51 @@ def picture(curves: list[list[float]]) -> bytes:
     """Every seed's accuracy over the epochs, and how the last ones are distributed."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    for curve in curves:
-        left.plot(range(1, len(curve) + 1), curve, color="tab:blue", alpha=0.4, linewidth=1)
-    left.axhline(99.4, color="grey", linestyle="--", label="99.4")
     last = [curve[-1] for curve in curves]
-    left.set(
-        title=f"accuracy (%), {len(curves)} seeds", xlabel="epoch", ylim=(min(98.5, *last), max(99.7, *last) + 0.1)
-    )
+    left.plot(range(1, len(curves[0]) + 1), np.transpose(curves), color="tab:blue", alpha=0.4, linewidth=1)
+    left.axhline(99.4, color="grey", linestyle="--")
+    left.set(title=f"accuracy (%), {len(curves)} seeds", xlabel="epoch")
+    left.set_ylim(min(98.5, *last), max(99.7, *last) + 0.1)
     left.xaxis.get_major_locator().set_params(integer=True)
     left.grid(alpha=0.3)
-    left.legend(loc="lower right")
     steps = np.arange(round(100 * min([99.4, *last])) - 1, round(100 * max(last)) + 3) / 100 - 0.005
     right.hist(last, bins=steps, color="tab:blue")
     right.axvline(99.4, color="grey", linestyle="--")
-    right.axvline(statistics.fmean(last), color="tab:red")
+    right.axvline(np.mean(last), color="tab:red")
     right.yaxis.get_major_locator().set_params(integer=True)
     right.set(title="the last epoch's; red: their mean", xlabel="accuracy (%)", ylabel="seeds")
     return script.png(figure)
 
 
-def report(folder: Path, found: dict[int, tuple[dict, list[float]]]) -> None:
+def report(folder: Path, results: list[Result]) -> None:
     """Print the table, and leave study.csv and study.png."""
-    rows = [found[seed][0] for seed in sorted(found)]
-    script.save(folder / "study.csv", script.as_csv(COLUMNS, rows))
-    script.save(folder / "study.png", picture([curve for _, curve in found.values()]))
-    print("\n" + "".join(f"{column:>10}" for column in COLUMNS))
-    for row in rows:
-        print("".join(f"{value:>10}" for value in row.values()))
-    print("\n" + summary([float(row["accuracy"]) for row in rows]), flush=True)
+    table, curves = [COLUMNS, *(row for row, _ in results)], [accuracies for _, accuracies in results]
+    script.save(folder / "study.csv", "".join(",".join(map(str, row)) + "\n" for row in table).encode())
+    script.save(folder / "study.png", picture(curves))
+    print("\n" + "".join("".join(f"{value:>10}" for value in row) + "\n" for row in table))
+    print(summary([accuracies[-1] for accuracies in curves]), flush=True)
 
 
-def study(seeds: list[int], folder: Path, flags: list[str], recipe: script.Recipe) -> int:
+def study(args: argparse.Namespace, rank: int) -> int:
     """Train what is not finished yet, this rank's share of it, and report on all; the exit status."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-    def everywhere() -> dict[int, tuple[dict, list[float]]]:  # machines need not share a disk
-        gathered = [results(folder, seeds, recipe)] * world
-        if world > 1:
-            dist.all_gather_object(gathered, gathered[0])
-        return {seed: found for part in gathered for seed, found in part.items()}
-
-    folder.mkdir(parents=True, exist_ok=True)
-    done = everywhere()
+    found = gather(survey(args.out_dir, args.seeds, args.recipe))
+    done, begun = {seed for finished, _ in found for seed in finished}, [runs for _, runs in found]
     if done and rank == 0:
-        print(f"{folder}: {len(done)} of {len(seeds)} seeds are finished already", flush=True)
-    for seed in [seed for seed in seeds if seed not in done][rank::world]:
-        status = train(seed, folder, flags, recipe)
+        print(f"{args.out_dir}: {len(done)} of {len(args.seeds)} seeds are finished already", flush=True)
+    for seed in shares([seed for seed in args.seeds if seed not in done], begun)[rank]:
+        run, anew = begun[rank].get(seed), [*args.flags, "--seed", str(seed), "--out-dir", str(args.out_dir)]
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints is in its train.log
+            status = script.main(["--resume", str(run), *args.resume_flags] if run else anew)
         if status > 128:
-            print("study.py: interrupted; the same command goes on with it", file=sys.stderr)
-            return status
+            raise KeyboardInterrupt(status - 128)
         if status == 0:
-            row, _ = results(folder, [seed], recipe)[seed]
-            print(f"seed {seed}: {row['accuracy']}%, {row['errors']} errors, {row['seconds']} s", flush=True)
-    done = everywhere()
-    missing = [str(seed) for seed in seeds if seed not in done]
-    if rank == 0 and done:
-        report(folder, done)
+            _, accuracy, errors, _, seconds = survey(args.out_dir, [seed], args.recipe)[0][seed][0]
+            print(f"seed {seed}: {accuracy}%, {errors} errors, {seconds} s", flush=True)
+    found = gather(survey(args.out_dir, args.seeds, args.recipe))
+    results = {seed: result for finished, _ in found for seed, result in finished.items()}
+    missing = [str(seed) for seed in args.seeds if seed not in results]
+    if rank == 0 and results:
+        report(args.out_dir, [results[seed] for seed in sorted(results)])
     if rank == 0 and missing:
         print(f"study.py: error: not finished: seeds {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
@@ -184,24 +190,31 @@ def study(seeds: list[int], folder: Path, flags: list[str], recipe: script.Recip
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 success, 1 failure, 130 Ctrl-C, 143 SIGTERM."""
-    arguments = parse_arguments(argv)
+    args, rank = parse_arguments(argv), 0
+    lock = FileLock(args.out_dir / ".lock", blocking=False)  # the system drops it when a process is killed
     try:
         if dist.is_torchelastic_launched():
             # The ranks exchange a few rows, which gloo does on any machine; the first waits for the last.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
-            local_rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+            rank, local_rank, ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(max(1, cores // ranks))
             if torch.cuda.is_available():
                 torch.cuda.set_device(local_rank % torch.cuda.device_count())
-        return study(*arguments)
-    except script.Failure as failure:
-        print(f"study.py: error: {failure}", file=sys.stderr)
-    except OSError as error:
-        print(f"study.py: error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-    except KeyboardInterrupt as interrupt:  # between two seeds; within one, script.main() has its own way
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(Timeout):
+            if rank == 0:
+                lock.acquire()
+        if not gather(lock.is_locked)[0]:
+            raise script.Failure(f"another study is at work in {args.out_dir}; choose another --out-dir")
+        return study(args, rank)
+    except (script.Failure, OSError) as error:
+        print(f"study.py: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("study.py: interrupted; the same command goes on with it", file=sys.stderr)
         return script.interrupt_status(interrupt)
     finally:
+        lock.release()
         if dist.is_initialized():
             dist.destroy_process_group()
     return 1
