@@ -29,6 +29,7 @@ from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 import script
+from pictures import png
 
 IMAGES, REPEATS = 3840, 3  # 120 steps of 32 images, an evaluation of 640
 SCALING_IMAGES = 10_240  # whole batches of any size
@@ -94,23 +95,24 @@ def ours(recipe: script.Recipe, images: int, device: torch.device) -> tuple[Work
     train_set, test_set = (script.load_mnist(script.HERE / "data", train, device) for train in (True, False))
     train_loader = script.Loader(*(part[:images] for part in train_set), recipe.batch_size, recipe)
     test_loader = script.Loader(*(part[: images // 6] for part in test_set), 1000)
-    net = script.Net().to(device, memory_format=torch.channels_last if device.type == "cpu" else None)
+    net, said = script.Net().to(device), []
+    step = script.make_step(net, recipe, said.append)
     optimizer, scheduler = script.make_optimizer(net, recipe, STEPS)
-    said = []
-    forward_backward, forward = script.make_step(net, recipe, said.append)
     batch = [part.contiguous() for part in next(iter(train_loader))]
 
     def epoch() -> None:
-        script.train(net, train_loader, forward_backward, optimizer, scheduler, 1)
-        script.test(forward, test_loader)
+        script.train(step, train_loader, optimizer, scheduler, 1)
+        script.test(step, test_loader)
 
     def bare_steps() -> None:
         net.train()
+        threads = torch.get_num_threads()
         for _ in range(len(train_loader)):
             optimizer.zero_grad()
-            loss, _ = forward_backward(*batch)
-            with script.one_thread():
-                optimizer.step()
+            loss, _ = step.forward_backward(*batch)
+            torch.set_num_threads(1)  # as script.train() does
+            optimizer.step()
+            torch.set_num_threads(threads)
             scheduler.step()
         loss.item()
 
@@ -137,9 +139,11 @@ class Row:
 
 def measure(images: int, repeats: int, device: torch.device) -> tuple[list[Row], str]:
     """The table's rows with their times, and script.py's words for how it steps."""
-    cores, data = torch.get_num_threads(), stock_data(images)
+    cores = torch.get_num_threads()
+    eager_epoch, _, _ = ours(script.Recipe(compile=False), images, device)  # first, for it verifies the archives
+    data = stock_data(images)
     rows = [Row(f"stock loop, workers: {n}", cores, stock(data, n, device), images) for n in (0, 1, 2)]
-    rows.append(Row("script.py, eager", cores, ours(script.Recipe(compile=False), images, device)[0], images))
+    rows.append(Row("script.py, eager", cores, eager_epoch, images))
     matrix = torch.rand(2048, 2048, device=device)
     for threads in sorted({1, cores}) if device.type == "cpu" else [cores]:
         torch.set_num_threads(threads)
@@ -214,7 +218,7 @@ def scaling(device: torch.device) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    script.save(script.HERE / "assets" / "scaling.png", script.png(figure))
+    script.save(script.HERE / "assets" / "scaling.png", png(figure))
 
 
 def machine(device: torch.device) -> str:
@@ -235,8 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     except script.Failure as failure:
         print(f"bench.py: error: {failure}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as interrupt:
-        return script.interrupt_status(interrupt)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

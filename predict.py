@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 from torch import Tensor
 
-from script import HERE, MEAN, STD, Failure, Net, Parser, load_net, png, save
+from pictures import png
+from script import HERE, MEAN, STD, Failure, Net, Parser, load_net, save
 
 
 class Box(NamedTuple):

@@ -424,14 +424,15 @@ extern "C" {
 
 int lanes() { return LANES; }
 
-size_t block_bytes() { return sizeof(Block); }  // of zeros, at a multiple of 64; one for every LANES images
-
 // Forward, loss and backward of a batch. pixels: (images, 1, 28, 28), labels: (images,), images a multiple of LANES. Leaves
 // the gradients and the loss in `output`, as a Result, and moves the running statistics.
 // Without labels, it is the network in evaluation mode for any number of images, output: (images, 10) log-probabilities.
-void step(Block* blocks, const Parameters& p, const Statistics* running, const float* pixels, const int64_t* labels,
-          int images, float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
+void step(const Parameters& p, const Statistics* running, const float* pixels, const int64_t* labels, int images,
+          float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
     const int count = (images + LANES - 1) / LANES;
+    static thread_local std::vector<Block> memory;  // of zeros at first, and so the frames stay
+    if (int(memory.size()) < count) memory = std::vector<Block>(count);
+    Block* const blocks = memory.data();
     const Dropout dropout1(rate1, key1), dropout2(rate2, key2);
     threads = std::min(threads, count);
     std::barrier barrier(threads);

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
 import script
+from pictures import png
 
 MAX_SEEDS = 1000  # a day of training and more; a longer list is a slip of the hand
 COLUMNS = "seed", "accuracy", "errors", "loss", "seconds"
@@ -44,6 +45,8 @@ def seed_list(text: str) -> list[int]:
         if not first <= last < min(first + MAX_SEEDS, 2**63):
             raise argparse.ArgumentTypeError(f"{text!r} is no list of at most {MAX_SEEDS:,} seeds, as 1-20 or 1,2,5-8")
         seeds.update(range(first, last + 1))
+    if len(seeds) > MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than {MAX_SEEDS:,} seeds")
     return sorted(seeds)
 
 
@@ -93,8 +96,8 @@ def survey(folder: Path, seeds: list[int], recipe: script.Recipe) -> tuple[dict[
     """What each finished seed in the folder reached, and the run of each that can be resumed."""
     finished, begun = {}, {}
     for seed in seeds:
-        for run in sorted(folder.glob(f"*-seed{seed}")) + sorted(folder.glob(f"*-seed{seed}-*")):
-            if script.finished(run):
+        for run in sorted(folder.glob(f"*-seed{seed}")):
+            if (run / "model.pt").exists():
                 check_recipe(run, replace(recipe, seed=seed))
                 finished[seed] = result(run, replace(recipe, seed=seed))
             elif (run / "checkpoint.pt").exists():
@@ -151,7 +154,7 @@ def picture(curves: list[list[float]]) -> bytes:
     right.axvline(np.mean(last), color="tab:red")
     right.yaxis.get_major_locator().set_params(integer=True)
     right.set(title="the last epoch's; red: their mean", xlabel="accuracy (%)", ylabel="seeds")
-    return script.png(figure)
+    return png(figure)
 
 
 def report(folder: Path, results: list[Result]) -> None:
@@ -174,7 +177,7 @@ def study(args: argparse.Namespace, rank: int) -> int:
         with contextlib.redirect_stdout(io.StringIO()):  # what it prints is in its train.log
             status = script.main(["--resume", str(run), *args.resume_flags] if run else anew)
         if status > 128:
-            raise KeyboardInterrupt(status - 128)
+            raise KeyboardInterrupt(status)
         if status == 0:
             _, accuracy, errors, _, seconds = survey(args.out_dir, [seed], args.recipe)[0][seed][0]
             print(f"seed {seed}: {accuracy}%, {errors} errors, {seconds} s", flush=True)
@@ -208,11 +211,11 @@ def main(argv: list[str] | None = None) -> int:
         if not gather(lock.is_locked)[0]:
             raise script.Failure(f"another study is at work in {args.out_dir}; choose another --out-dir")
         return study(args, rank)
-    except (script.Failure, OSError) as error:
+    except (script.Failure, OSError, dist.DistError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
     except KeyboardInterrupt as interrupt:
         print("study.py: interrupted; the same command goes on with it", file=sys.stderr)
-        return script.interrupt_status(interrupt)
+        return interrupt.args[0] if interrupt.args else 130
     finally:
         lock.release()
         if dist.is_initialized():
@@ -221,5 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, script.interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, script.interrupt)
     sys.exit(main())

@@ -1,0 +1,87 @@
+"""What a run leaves as pictures: its curves, its confusions, what it misread and what it was shown."""
+
+import io
+import math
+from collections.abc import Callable
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def curves(history: list[dict]) -> Figure:
+    """Losses, errors and the learning rate over the epochs; history's rows are those of history.csv."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    losses, errors, learning_rate = figure.subplots(1, 3)
+    epochs = range(1, len(history) + 1)
+    for kind in "train", "test":
+        losses.plot(epochs, [row[f"{kind}_loss"] for row in history], marker=".", label=kind)
+        errors.plot(epochs, [100 - row[f"{kind}_accuracy"] for row in history], marker=".", label=kind)
+    errors.axhline(0.6, color="grey", linestyle="--", label="99.4 % right")
+    learning_rate.plot(epochs, [row["learning_rate"] for row in history], marker=".", label="at the epoch's end")
+    for axes, title in (losses, "loss"), (errors, "errors (%)"), (learning_rate, "learning rate"):
+        axes.set(title=title, xlabel="epoch", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def confusion(table: Tensor) -> Figure:
+    """The confusion matrix (10, 10); colour shows the errors, which the diagonal would drown."""
+    figure = Figure(figsize=(5.6, 5.4), layout="constrained")
+    axes = figure.subplots()
+    errors = (table * ~torch.eye(10, dtype=torch.bool)).numpy()
+    axes.imshow(errors, cmap="Reds", vmax=2 * errors.max() + 1)
+    for true, read in table.nonzero().tolist():
+        axes.text(read, true, int(table[true, read]), ha="center", va="center", fontsize=8)
+    axes.set(xlabel="read as", ylabel="true digit", xticks=range(10), yticks=range(10))
+    return figure
+
+
+def sheet(images: Tensor, titles: list[str]) -> Figure:
+    """Images (N, 1, 28, 28), ten in a row, each under its title."""
+    rows = max(1, math.ceil(len(images) / 10))
+    figure = Figure(figsize=(10, 1.1 * rows))
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all: an axes an image takes seconds
+    for index, (image, title) in enumerate(zip(images[:, 0].numpy(), titles, strict=True)):
+        x, y = 32 * (index % 10), 35 * (index // 10)
+        axes.imshow(image, cmap="gray_r", extent=(x, x + 28, y + 28, y))
+        axes.text(x + 14, y - 1, title, ha="center", fontsize=7)
+    axes.set(xlim=(-2, 318), ylim=(35 * rows - 5, -7))
+    axes.axis("off")
+    return figure
+
+
+def misclassified(predicted: Tensor, loader) -> Figure:
+    """The first hundred of the loader's images whose predicted digits (N,) are wrong."""
+    images, labels = loader.images.cpu(), loader.labels.cpu()
+    wrong = (labels != predicted).nonzero().flatten()[:100]
+    return sheet(images[wrong], [f"{labels[i]} read as {predicted[i]}" for i in wrong.tolist()])
+
+
+def augmentation(loader, augment: Callable) -> Figure:
+    """The first image of each digit in the loader, one row each: the original, and nine draws of what is shown."""
+    images, labels = loader.images.cpu(), loader.labels.cpu()
+    first = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
+    originals = (images[first].float() / 255).repeat_interleave(10, dim=0)
+    shown = augment(originals, loader.recipe)
+    shown[::10] = originals[::10]
+    return sheet(shown, ["original", *["augmented"] * 9] * len(first))
+
+
+def draw(history: list[dict], score, test_loader, train_loader, augment: Callable) -> dict[str, bytes]:
+    """A run's pictures as PNG files, by name, from script.py's history, Score, Loaders and augment()."""
+    return {
+        "curves.png": png(curves(history)),
+        "confusion.png": png(confusion(score.table)),
+        "misclassified.png": png(misclassified(score.predicted, test_loader)),
+        "augmentation.png": png(augmentation(train_loader, augment)),
+    }

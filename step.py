@@ -1,0 +1,111 @@
+"""step.cpp on a network of script.py: the same forward and backward pass, several times as fast on a processor.
+
+script.py calls compiled_step() where this file lies beside it, and does without where that raises.
+"""
+
+import copy
+import ctypes
+import functools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).resolve().parent / "step.cpp"
+
+
+@functools.cache
+def load_library(compiler: str, source: Path) -> ctypes.CDLL:
+    """step.cpp, compiled for this processor. Raises RuntimeError or OSError where that is not possible."""
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    # The folder goes at once: a library that is kept would crash on another machine that shares the disk.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        file = str(Path(folder) / "step.so")
+        flags = "-std=c++20", "-O3", native, "-shared", "-fPIC", "-pthread", str(source), "-o", file
+        done = subprocess.run([*shlex.split(compiler), *flags], capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise RuntimeError(errors[0] if errors else f"{compiler} failed")
+        library = ctypes.CDLL(file)
+    pointer, integer, rate, key = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_uint32
+    library.step.argtypes = *[pointer] * 4, integer, rate, rate, key, key, integer, pointer  # as in step.cpp
+    return library
+
+
+class CompiledStep:
+    """A script.Step by step.cpp, for a network on the CPU; batches that it does not take go to the eager step.
+
+    Raises RuntimeError or OSError where there is no compiler, or the network is another one.
+    """
+
+    def __init__(self, eager) -> None:
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if not compiler:
+            raise RuntimeError("there is no C++ compiler")
+        self.library = load_library(compiler, SOURCE)
+        self.lanes = self.library.lanes()
+        self.eager, self.net = eager, eager.net
+        self.parameters, buffers = list(self.net.parameters()), list(self.net.buffers())
+        sizes = [parameter.numel() for parameter in self.parameters]
+        if sum(sizes) != 15_440:
+            raise RuntimeError("step.cpp is for another network")
+        self.result = torch.zeros(15_440 + 2)  # all gradients, the mean loss, the number right
+        self.gradients = self.result[:-2].split(sizes)
+        # Into the tensors as they lie: load_state_dict() copies into them, but net.to() may move them.
+        self.pointers = [
+            (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+            for tensors in (self.parameters, buffers)
+        ]
+
+    def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch's (mean loss, number right); leaves the gradients in .grad, and moves the running statistics."""
+        if len(images) % self.lanes:  # an epoch's last batch may be smaller
+            return self.eager.forward_backward(images, labels)
+        images, labels = images.float().contiguous(), labels.contiguous()
+        batch = images.data_ptr(), labels.data_ptr(), len(images)
+        dropout = self.net.drop1.p, self.net.drop2.p, *torch.randint(2**32, (2,)).tolist()  # rates, keys of the masks
+        self.library.step(*self.pointers, *batch, *dropout, torch.get_num_threads(), self.result.data_ptr())
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())
+        return self.result[-2].clone(), self.result[-1].long()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log-probabilities (B, 10) of images (B, 1, 28, 28), in evaluation mode."""
+        images, output = images.float().contiguous(), torch.empty(len(images), 10)
+        for part, rows in zip(images.split(64), output.split(64), strict=True):  # so many as stay in the cache
+            batch, no_dropout = (part.data_ptr(), None, len(part)), (0.0, 0.0, 0, 0)
+            self.library.step(*self.pointers, *batch, *no_dropout, torch.get_num_threads(), rows.data_ptr())
+        return output
+
+
+def compare_with_autograd(eager, batch_size: int) -> None:
+    """Raise RuntimeError unless step.cpp finds, in a batch without dropout, what autograd finds in double precision."""
+    eager = copy.deepcopy(eager)
+    eager.net.train()
+    eager.net.drop1.p = eager.net.drop2.p = 0.0
+    exact = copy.deepcopy(eager)
+    exact.net.double()
+    images = torch.rand(batch_size, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    results = []
+    for step, pixels in (CompiledStep(eager), images), (exact, images.double()):
+        loss, _ = step.forward_backward(pixels, torch.arange(batch_size) % 10)
+        gradients = [parameter.grad for parameter in step.net.parameters()]
+        results.append([loss, *gradients, *step.net.buffers(), step.forward(pixels)])
+    for found, expected in zip(*results, strict=True):  # loosely: rounding may cross a ReLU's edge
+        if not (found - expected).abs().max() <= 0.02 * expected.abs().max() + 1e-6:  # which nan is not, either
+            raise RuntimeError("step.cpp and autograd differ")
+
+
+def compiled_step(eager, batch_size: int) -> CompiledStep:
+    """The eager step by step.cpp. Raises RuntimeError or OSError where it cannot be trusted with these batches."""
+    step = CompiledStep(eager)
+    if batch_size % step.lanes or batch_size > 1024:
+        raise RuntimeError(f"step.cpp takes batch sizes that are multiples of {step.lanes}, up to 1024")
+    compare_with_autograd(eager, batch_size)
+    return step
