@@ -8,6 +8,11 @@ Every row trains the same network on the same images and then evaluates it on a 
 rows take turns in one process, and the medians of their repeats are compared, so that a noisy machine slows all alike.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C in the imports, which take seconds
+
 import os
 import platform
 import shutil
@@ -186,7 +191,8 @@ def peak_memory() -> str:
     """The peak resident memory of `python script.py --epochs 1`, in a process of its own."""
     code = """if True:
         import resource, sys, script
-        assert script.main(sys.argv[1:]) == 0
+        if script.main(sys.argv[1:]):
+            sys.exit(1)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, "-c", code, "--epochs", "1", "--out-dir", folder]
@@ -236,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         work(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return 0
-    except script.Failure as failure:
+    except (script.Failure, OSError) as failure:
         print(f"bench.py: error: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -244,4 +250,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    script.hear_signals()
     sys.exit(main())

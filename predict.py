@@ -7,6 +7,11 @@ What differs from its paper is ink; ink that hangs together is a stroke, strokes
 digit, and each digit is made into a 28x28 field as MNIST's own were.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C in the imports, which take seconds
+
 import io
 import itertools
 import math
@@ -23,7 +28,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from pictures import png
-from script import HERE, MEAN, STD, Failure, Net, Parser, load_net, save
+from script import HERE, MEAN, STD, Failure, Net, Parser, hear_signals, load_net, save
 
 
 class Box(NamedTuple):
@@ -290,14 +295,16 @@ def draw(picture: Image.Image, found: list[Digit], probabilities: Tensor) -> byt
 def predict(pictures: list[Path], net: Net, seen: Path | None = None) -> bool:
     """Print what each picture's digits are, and draw the picture to seen; whether all of them could be read."""
     unread = 0
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     for path in pictures:
         try:
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file)
-                found = digits(picture)
-                probabilities = read(net, [field for _, field in found])
-                content = draw(picture, found, probabilities) if seen else b""
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of damage that does not hinder
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path) as file:
+                    picture = ImageOps.exif_transpose(file)
+            found = digits(picture)
+            probabilities = read(net, [field for _, field in found])
+            content = draw(picture, found, probabilities) if seen else b""
         except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
             problem = {
                 Image.UnidentifiedImageError: "it is not a picture",
@@ -312,7 +319,8 @@ def predict(pictures: list[Path], net: Net, seen: Path | None = None) -> bool:
             print(f"{path}: {first} ({100 * p:.1f}%), then {second} ({100 * q:.1f}%)")
         else:
             each = iter(probabilities.argmax(dim=1).tolist())
-            print(f"{path}: " + " / ".join(" ".join(str(next(each)) for _ in line) for line in lines(found)))
+            read_lines = [" ".join(str(next(each)) for _ in line) for line in lines(found)]
+            print(f"{path}: {' / '.join(read_lines)}")
         if seen:
             save(seen, content)
     return not unread
@@ -332,8 +340,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.seen and len(args.pictures) != 1:
         parser.error("--seen goes with one picture")
+    if args.seen and args.seen.exists() and (not args.seen.is_file() or args.seen.samefile(args.pictures[0])):
+        parser.error(f"--seen {args.seen}: it is the picture itself, or not a file that could be replaced")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file that the console cannot print gets ?
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         return 0 if predict(args.pictures, load_net(args.weights), args.seen) else 1
     except (Failure, OSError) as failure:  # an OSError where nobody reads what is printed
@@ -345,4 +355,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hear_signals()
     sys.exit(main())

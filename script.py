@@ -228,10 +228,7 @@ def read_archive(archive: Path) -> bytes:
 
 
 def load_mnist(data_dir: Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The training or the test set on the device: images uint8 (N, 1, 28, 28), labels int64 (N,).
-
-    The archives are read, verified and unpacked in memory. Raises Failure where a good copy is not to be had.
-    """
+    """The training or the test set, verified: images uint8 (N, 1, 28, 28), labels int64 (N,). Raises Failure."""
     raw, name = data_dir / "MNIST" / "raw", "train" if train else "t10k"
     pixels = read_archive(raw / f"{name}-images-idx3-ubyte.gz")
     digits = read_archive(raw / f"{name}-labels-idx1-ubyte.gz")
@@ -630,7 +627,12 @@ def interrupt(signum: int, _frame) -> None:
         raise KeyboardInterrupt(128 + signum)  # the exit status
 
 
-interrupt.deaf_until = 0.0
+def hear_signals() -> None:
+    """Let Ctrl-C and SIGTERM call interrupt(), where they are not ignored, as a shell's background jobs do Ctrl-C."""
+    interrupt.deaf_until = 0.0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -638,7 +640,7 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stderr is None:  # closed; the next file that is opened would take its place
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a console that cannot print the bar's blocks gets ?
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     device_name, run, checkpoint, status = "cpu", None, None, 1
     try:
         args, recipe = parse_arguments(argv)
@@ -655,10 +657,9 @@ def main(argv: list[str] | None = None) -> int:
         run = args.resume or new_run(args.out_dir or Path("runs"), recipe.seed)
         fit(recipe, run, *loaders, checkpoint)
         return 0
-    except Divergence as divergence:
-        problem, run = f"error: {divergence}", None  # to resume it would only end there again
     except Failure as failure:
         problem = f"error: {failure}"
+        run = None if isinstance(failure, Divergence) else run  # to resume it would only end there again
     except OSError as error:
         problem = f"error: {error.filename or 'system'}: {error.strerror or error}"
     except (MemoryError, RuntimeError, TypeError) as error:
@@ -674,7 +675,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is for what a shell runs in the background
-            signal.signal(number, interrupt)
+    hear_signals()
     sys.exit(main())

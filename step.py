@@ -28,7 +28,8 @@ def load_library(compiler: str, source: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = str(Path(folder) / "step.so")
         flags = "-std=c++20", "-O3", native, "-shared", "-fPIC", "-pthread", str(source), "-o", file
-        done = subprocess.run([*shlex.split(compiler), *flags], capture_output=True, text=True, errors="replace")
+        line = [*shlex.split(compiler), *flags]
+        done = subprocess.run(line, capture_output=True, text=True, errors="replace", timeout=300)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise RuntimeError(errors[0] if errors else f"{compiler} failed")

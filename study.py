@@ -8,6 +8,11 @@ Each seed has a run folder of its own under the study's folder. Run again, the s
 seeds from there and goes on with the others, from their last epoch.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C in the imports, which take seconds
+
 import argparse
 import contextlib
 import csv
@@ -15,7 +20,6 @@ import io
 import json
 import os
 import re
-import signal
 import sys
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -58,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out-dir", type=Path, help="the study's folder (default: runs/study-<the other flags>)")
     args, args.flags = parser.parse_known_args(argv)
     theirs, args.recipe = script.parse_arguments(args.flags)
-    if theirs.seed is not None or theirs.resume or theirs.evaluate:
+    if theirs.seed is not None or theirs.resume or theirs.evaluate or theirs.out_dir:
         parser.error("of script.py's flags, only those that make a recipe, --device and --data-dir have a meaning here")
     args.resume_flags = ["--device", theirs.device, "--data-dir", str(theirs.data_dir)]
     args.out_dir = args.out_dir or Path("runs", "-".join(["study", *(re.sub(r"[^\w.]", "", f) for f in args.flags)]))
@@ -224,7 +228,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, script.interrupt)
+    script.hear_signals()
     sys.exit(main())

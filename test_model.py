@@ -748,8 +748,7 @@ def child(number, moment, *arguments):
         strike(f"after {target.name}")
 
     torch.optim.Adam.step, os.replace = struck_step, struck_rename
-    for handled in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(handled, script.interrupt)
+    script.hear_signals()
     sys.exit(script.main(list(arguments)))
 
 
