@@ -25,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.datasets import MNIST
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
@@ -172,7 +173,8 @@ def test_one_cycle_serves_a_run_of_any_length_and_moves_the_sources_beta1():
 
 def test_the_data_is_mnist(train_set, test_set):
     told = re.findall(r"^\| (\S+\.gz) \|.*\| (\w{32}) \|$", (HERE / "data" / "README.md").read_text(), re.M)
-    assert sorted(told) == sorted(script.MNIST.resources)
+    assert sorted(told) == sorted(script.ARCHIVES.items()) == sorted(MNIST.resources)
+    assert list(script.MIRRORS) == MNIST.mirrors
     train_digits = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     test_digits = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     for (images, labels), counts in ((train_set, train_digits), (test_set, test_digits)):
@@ -356,7 +358,7 @@ def test_a_run_leaves_its_files(small_run, test_set):
     recipe = json.loads((small_run / "recipe.json").read_text())
     assert {**recipe, **asdict(script.Recipe(epochs=2, seed=7))} == recipe
     assert (recipe["torch"], recipe["threads"]) == (torch.__version__, torch.get_num_threads())
-    assert {"python", "torchvision", "device", "system", "commit"} <= recipe.keys()
+    assert {"python", "device", "system", "commit"} <= recipe.keys()
     for name in PICTURES:
         with Image.open(small_run / name) as picture:
             assert picture.format == "PNG"
@@ -499,7 +501,12 @@ def test_the_inline_dependencies_are_among_the_requirements():
     metadata = re.search(r"^# dependencies = \[(.*?)\]\n# ///", (HERE / "script.py").read_text("utf-8"), re.M | re.S)[1]
     inline = re.findall(r'"([^"]+)"', metadata)
     required = (HERE / "requirements.txt").read_text().splitlines()
-    others = {"scipy>=1.13,<2", "filelock>=3.13,<4", "pytest>=8,<10"}  # predict.py's and study.py's; the suites'
+    others = {
+        "torchvision>=0.26,<1",
+        "scipy>=1.13,<2",
+        "filelock>=3.13,<4",
+        "pytest>=8,<10",
+    }  # predict.py's and study.py's; the suites'
     assert set(required) - set(inline) == others
     assert set(inline) <= set(required)
     assert all(re.fullmatch(r"\w+>=[\d.]+,<\d+", line) for line in required)
@@ -621,13 +628,13 @@ class Mirrors(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirrors(monkeypatch):
-    """Let torchvision name these mirrors; until a test does, one that refuses the connection at once."""
+    """Let these be the mirrors; until a test does, one that refuses the connection at once."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirrors)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
 
     def use(*kinds):
-        monkeypatch.setattr(script.MNIST, "mirrors", ["http://127.0.0.1:9/", *(f"{address}/{kind}/" for kind in kinds)])
+        monkeypatch.setattr(script, "MIRRORS", ["http://127.0.0.1:9/", *(f"{address}/{kind}/" for kind in kinds)])
 
     use()
     yield use
