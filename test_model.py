@@ -501,13 +501,8 @@ def test_the_inline_dependencies_are_among_the_requirements():
     metadata = re.search(r"^# dependencies = \[(.*?)\]\n# ///", (HERE / "script.py").read_text("utf-8"), re.M | re.S)[1]
     inline = re.findall(r'"([^"]+)"', metadata)
     required = (HERE / "requirements.txt").read_text().splitlines()
-    others = {
-        "torchvision>=0.26,<1",
-        "scipy>=1.13,<2",
-        "filelock>=3.13,<4",
-        "pytest>=8,<10",
-    }  # predict.py's and study.py's; the suites'
-    assert set(required) - set(inline) == others
+    others = {"torchvision>=0.26,<1", "scipy>=1.13,<2", "filelock>=3.13,<4", "pytest>=8,<10"}
+    assert set(required) - set(inline) == others  # of bench.py, predict.py, study.py and the suites
     assert set(inline) <= set(required)
     assert all(re.fullmatch(r"\w+>=[\d.]+,<\d+", line) for line in required)
 

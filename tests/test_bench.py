@@ -48,8 +48,9 @@ def test_the_tables_have_all_rows_and_the_ratios_of_their_times(monkeypatch, cap
     assert "scaling.png b'\\x89PNG'" in printed
 
 
-def test_a_missing_archive_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments", [[], ["--scaling"]])
+def test_a_missing_archive_is_one_line(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.setattr(script, "HERE", tmp_path)
     monkeypatch.setattr(script, "MIRRORS", ())
-    assert bench.main(["--scaling"]) == 1
+    assert bench.main(arguments) == 1
     assert re.fullmatch(r"bench\.py: error: .* is missing or damaged .*\n", capsys.readouterr().err)
