@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 
@@ -24,11 +25,14 @@ def curves(history: list[dict]) -> Figure:
     for kind in "train", "test":
         losses.plot(epochs, [row[f"{kind}_loss"] for row in history], marker=".", label=kind)
         errors.plot(epochs, [100 - row[f"{kind}_accuracy"] for row in history], marker=".", label=kind)
-    errors.axhline(0.6, color="grey", linestyle="--", label="99.4 % right")
+    errors.axhline(0.6, color="grey", linestyle="--", label="99.4 % accuracy")
     learning_rate.plot(epochs, [row["learning_rate"] for row in history], marker=".", label="at the epoch's end")
-    for axes, title in (losses, "loss"), (errors, "errors (%)"), (learning_rate, "learning rate"):
+    for axes, title in (losses, "loss"), (errors, "misread images (%)"), (learning_rate, "learning rate"):
         axes.set(title=title, xlabel="epoch", yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
