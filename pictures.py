@@ -76,6 +76,7 @@ def augmentation(loader, augment: Callable) -> Figure:
     images, labels = loader.images.cpu(), loader.labels.cpu()
     first = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
     originals = (images[first].float() / 255).repeat_interleave(10, dim=0)
+    torch.manual_seed(loader.recipe.seed)
     shown = augment(originals, loader.recipe)
     shown[::10] = originals[::10]
     return sheet(shown, ["original", *["augmented"] * 9] * len(first))

@@ -497,6 +497,7 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     if checkpoint:
         say(f"resumed after epoch {len(history)}")
     else:
+        save(run / "recipe.json", json.dumps(asdict(recipe) | machine(device), indent=2) + "\n")
         say(f"{summary()}\ndevice: {device.type}; torch {torch.__version__}\nseed: {recipe.seed}")
     seed_everything(recipe.seed, 0)
     net = Net().to(device)
@@ -506,8 +507,6 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    else:
-        save(run / "recipe.json", json.dumps(asdict(recipe) | machine(device), indent=2) + "\n")
 
     def keep() -> None:
         states = {name: part.state_dict() for name, part in parts.items()}
@@ -540,7 +539,6 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     try:
         from pictures import draw
 
-        seed_everything(recipe.seed, 0)
         pictures = draw(history, score, test_loader, train_loader, augment)
     except Exception as error:  # no pictures.py beside this file, or matplotlib fails: the result counts more
         print(f"no pictures: {error}", flush=True)

@@ -394,14 +394,6 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
     assert [script.new_run(tmp_path, 1).name for _ in range(2)] == ["a-seed1", "b-seed1"]
 
 
-def test_two_runs_of_one_seed_are_equal_and_of_another_are_not(small_run, tmp_path, few_images, no_pictures):
-    first = torch.load(small_run / "model.pt", weights_only=True)
-    for seed, same in ((7, True), (8, False)):
-        run = run_of(tmp_path / str(seed), "--epochs", "2", "--seed", str(seed))
-        weights = torch.load(run / "model.pt", weights_only=True)
-        assert all(torch.equal(first[name], weights[name]) for name in first) is same
-
-
 def test_the_sources_recipe_and_a_flag_that_goes_before_it(tmp_path, few_images, no_pictures):
     run = run_of(tmp_path, "--recipe", "source", "--weight-decay", "0.001", "--epochs", "1")
     recipe = json.loads((run / "recipe.json").read_text())

@@ -138,6 +138,7 @@ def test_ten_steps_are_those_of_the_eager_network(test_set):
     "no C++ compiler, one that fails, no step.cpp, a network that was changed, a step that differs from autograd",
     "it trains with the eager step, and the log says why",
 )
+@pytest.mark.slow
 def test_without_a_step_that_can_be_trusted_it_trains_eagerly_and_says_why(tmp_path, monkeypatch):
     def said(net=None, **recipe):
         lines = []

@@ -73,6 +73,7 @@ def test_a_study_trains_each_seed_once_and_sums_them_up(tmp_path, capsys, few):
     assert len(list(folder.glob("*-seed*/model.pt"))) == 3
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_with_a_seed_that_was_interrupted(tmp_path, monkeypatch, capsys, few):
     assert run_study(tmp_path / "unbroken", "5") == 0
     epochs = [DEFAULT, KeyboardInterrupt(143), KeyboardInterrupt(), DEFAULT]  # the second only at the third attempt
