@@ -698,6 +698,7 @@ def child(number, moment, *arguments):
 
     os.replace = struck_rename
     torch.optim.Adam.step = struck_step
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that a shell runs in the background ignores it
     script.hear_signals()
     sys.exit(script.main(list(arguments)))
 
