@@ -164,7 +164,7 @@ def picture(curves: list[list[float]]) -> bytes:
 def report(folder: Path, results: list[Result]) -> None:
     """Print the table, and leave study.csv and study.png."""
     table, curves = [COLUMNS, *(row for row, _ in results)], [accuracies for _, accuracies in results]
-    script.save(folder / "study.csv", "".join(",".join(map(str, row)) + "\n" for row in table).encode())
+    script.save(folder / "study.csv", "".join(",".join(map(str, row)) + "\n" for row in table))
     script.save(folder / "study.png", picture(curves))
     print("\n" + "".join("".join(f"{value:>10}" for value in row) + "\n" for row in table))
     print(summary([accuracies[-1] for accuracies in curves]), flush=True)

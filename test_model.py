@@ -313,18 +313,6 @@ def test_the_score_is_torchs_loss_and_a_plain_count(test_set):
 # ---------------------------------------------------------------- a run and what it leaves
 
 
-@pytest.fixture(scope="module")
-def first_images(train_set, test_set):
-    """What stands in for script.load_mnist: the first 960 images of each set, without reading it anew."""
-    return lambda data_dir, train, device: tuple(part[:960] for part in (train_set if train else test_set))
-
-
-@pytest.fixture
-def few_images(monkeypatch, first_images):
-    """Let script.py see the first 960 images of each set only, so that an epoch takes a second."""
-    monkeypatch.setattr(script, "load_mnist", first_images)
-
-
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Leave out the drawing, which takes as long as two epochs of few images."""
