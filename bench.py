@@ -67,7 +67,7 @@ def stock(data: tuple[Dataset, Dataset], workers: int, device: torch.device) -> 
     options = {"num_workers": workers, "persistent_workers": workers > 0}
     train_loader = DataLoader(data[0], batch_size=32, shuffle=True, **options)
     test_loader = DataLoader(data[1], batch_size=1000, **options)
-    net = script.Net().to(device)
+    net = script.Net("relu").to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=STEPS)
 
@@ -100,7 +100,7 @@ def ours(recipe: script.Recipe, images: int, device: torch.device) -> tuple[Work
     train_set, test_set = (script.load_mnist(script.HERE / "data", train, device) for train in (True, False))
     train_loader = script.Loader(*(part[:images] for part in train_set), recipe.batch_size, recipe)
     test_loader = script.Loader(*(part[: images // 6] for part in test_set), 1000)
-    net, said = script.Net().to(device), []
+    net, said = script.Net(recipe.activation).to(device), []
     step = script.make_step(net, recipe, said.append)
     optimizer, scheduler = script.make_optimizer(net, recipe, STEPS)
     batch = [part.contiguous() for part in next(iter(train_loader))]
@@ -111,14 +111,10 @@ def ours(recipe: script.Recipe, images: int, device: torch.device) -> tuple[Work
 
     def bare_steps() -> None:
         net.train()
-        threads = torch.get_num_threads()
         for _ in range(len(train_loader)):
             optimizer.zero_grad()
             loss, _ = step.forward_backward(*batch)
-            torch.set_num_threads(1)  # as script.train() does
-            optimizer.step()
-            torch.set_num_threads(threads)
-            scheduler.step()
+            script.update(optimizer, scheduler)
         loss.item()
 
     return epoch, bare_steps, said[-1].removeprefix("step: ")

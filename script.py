@@ -56,6 +56,8 @@ class Divergence(Failure):
 
 # ---------------------------------------------------------------- recipe
 
+ACTIVATIONS = {"hardswish": F.hardswish, "relu": F.relu}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -66,6 +68,7 @@ class Recipe:
     max_lr: float = 0.02  # Adam's learning rate at the peak of the cycle
     weight_decay: float = 2e-6  # Adam's L2 penalty
     seed: int = 1  # of everything that is random
+    activation: str = "relu"  # or hardswish
     # The cycle (OneCycleLR): the learning rate goes up to max_lr, and then down to far below where it began.
     pct_start: float = 0.2  # share of all steps
     div_factor: float = 10.0  # max_lr / first learning rate
@@ -93,8 +96,9 @@ class Recipe:
             if type(value) not in (int, kind) or not least <= value <= most:
                 number = "whole number" if kind is int else "number"
                 raise ValueError(f"{name} is {value!r}; it must be a {number} from {least} to {most}")
-        if self.interpolation not in ("bicubic", "bilinear", "nearest"):
-            raise ValueError(f"interpolation is {self.interpolation!r}; it must be bicubic, bilinear or nearest")
+        for name, choices in (("activation", ACTIVATIONS), ("interpolation", ("bicubic", "bilinear", "nearest"))):
+            if (value := getattr(self, name)) not in tuple(choices):  # which takes what has no hash, too
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 RECIPES = {
@@ -112,11 +116,13 @@ RECIPES = {
 class Net(nn.Module):
     """Three convolutional blocks, 15,440 parameters: images (B, 1, 28, 28) -> log-probabilities (B, 10).
 
-    ReLU is functional, and stands behind a max-pool where there is one: the two commute, and it has less to do.
+    The activation is functional, and stands behind a max-pool where there is one: for ReLU the two commute, and it has
+    less to do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, activation: str = Recipe.activation) -> None:
         super().__init__()
+        self.set_extra_state(activation)
         self.conv1 = nn.Conv2d(1, 10, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(10)
         self.conv2 = nn.Conv2d(10, 20, 3, padding=1)
@@ -138,14 +144,22 @@ class Net(nn.Module):
         self.conv7 = nn.Conv2d(40, 10, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(self.conv1(x)))  # (B, 10, 28, 28)
-        x = F.relu(self.pool1(self.norm2(self.conv2(x))))  # (B, 20, 14, 14)
+        activation = ACTIVATIONS[self.activation]
+        x = activation(self.norm1(self.conv1(x)))  # (B, 10, 28, 28)
+        x = activation(self.pool1(self.norm2(self.conv2(x))))  # (B, 20, 14, 14)
         x = self.conv3(self.drop1(x))  # (B, 10, 14, 14)
-        x = F.relu(self.norm4(self.conv4(x)))  # (B, 20, 14, 14)
-        x = F.relu(self.pool2(self.norm5(self.conv5(x))))  # (B, 20, 7, 7)
-        x = F.relu(self.norm6(self.conv6(self.drop2(x))))  # (B, 40, 7, 7)
+        x = activation(self.norm4(self.conv4(x)))  # (B, 20, 14, 14)
+        x = activation(self.pool2(self.norm5(self.conv5(x))))  # (B, 20, 7, 7)
+        x = activation(self.norm6(self.conv6(self.drop2(x))))  # (B, 40, 7, 7)
         x = self.conv7(self.gap(x))  # (B, 10, 1, 1)
         return F.log_softmax(x.flatten(1), dim=1)  # (B, 10)
+
+    # The activation goes with the weights, which mean nothing under another: into state_dict(), and back.
+    def get_extra_state(self) -> str:
+        return self.activation
+
+    def set_extra_state(self, activation: str) -> None:
+        self.activation = Recipe(activation=activation).activation  # or a ValueError
 
 
 def summary() -> str:
@@ -196,9 +210,9 @@ def load_net(weights: Path) -> Net:
     net = Net().eval()
     try:
         net.load_state_dict(load(weights))
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise Failure(f"{weights} does not hold the weights of this network") from error
-    if not all(values.isfinite().all() for values in net.state_dict().values()):
+    if not all(values.isfinite().all() for values in (*net.parameters(), *net.buffers())):
         raise Failure(f"{weights} holds weights that are not finite numbers")
     return net
 
@@ -228,7 +242,7 @@ def read_archive(archive: Path) -> bytes:
                     with contextlib.suppress(Failure):  # in a folder that cannot be written
                         save(archive, content)
                 return gzip.decompress(content)
-        print(f"data: no good copy at {source}, trying the next place", flush=True)
+        print(f"data: no good copy at {source}", flush=True)
     raise Failure(f"{archive} is missing or damaged and cannot be downloaded; put a good copy there (md5 {wanted})")
 
 
@@ -257,7 +271,7 @@ def affine_matrices(rotation: Tensor, affine_rotation: Tensor, shear: Tensor, sc
     one, zero = torch.ones_like(shear), torch.zeros_like(shear)
     unshear = torch.stack((one, shear.deg2rad().tan(), zero, one), dim=1).view(-1, 2, 2)
     linear = turn_back(rotation) @ unshear @ turn_back(affine_rotation) / scale[:, None, None]
-    return torch.cat((linear, linear @ (-2 * shift[:, :, None])), dim=2)  # the grid is 2 wide
+    return torch.cat((linear, linear @ (-2 * shift[:, :, None])), dim=2)  # the grid is 2 wide, from -1 to 1
 
 
 def warp(images: Tensor, matrices: Tensor, interpolation: str) -> Tensor:
@@ -340,16 +354,16 @@ class Step:
 def make_step(net: Net, recipe: Recipe, say: Callable = print) -> Step:
     """How this machine steps the network: by step.cpp where it can, else by PyTorch, and says why."""
     torch.backends.cudnn.deterministic = True  # the same seed gives the same bits on CUDA, too
-    step, kind, reason = Step(net), "eager", "" if recipe.compile else " (--no-compile)"
+    chosen, kind, reason = Step(net), "eager", "" if recipe.compile else " (--no-compile)"
     if recipe.compile and next(net.parameters()).device.type == "cpu":
         try:
             from step import compiled_step
 
-            step, kind = compiled_step(step, recipe.batch_size), "compiled"
+            chosen, kind = compiled_step(chosen, recipe.batch_size), "compiled"
         except Exception as error:  # whatever the fast step or its compiler lacks, PyTorch does without it
             reason = f" ({error})"
     say(f"step: {kind}, float32, threads: {torch.get_num_threads()}{reason}")
-    return step
+    return chosen
 
 
 # ---------------------------------------------------------------- train and test
@@ -369,6 +383,15 @@ def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int):
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.max_lr, total_steps, **cycle)
 
 
+def update(optimizer, scheduler) -> None:
+    """Step both, on one thread: PyTorch's others, once they had work, spin on the cores that step.cpp needs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    optimizer.step()
+    torch.set_num_threads(threads)
+    scheduler.step()
+
+
 def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple[float, float, float, str]:
     """One epoch: its mean loss, accuracy in percent, last learning rate and finished progress bar.
 
@@ -377,7 +400,7 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
     step.net.train()
     losses = torch.zeros(len(loader), device=loader.images.device)  # each summed over its batch
     total_right = torch.zeros((), dtype=torch.int64, device=loader.images.device)
-    learning_rates, seen, threads = [], 0, torch.get_num_threads()
+    learning_rates, seen = [], 0
 
     # The losses are read, which waits for the device, only when the bar is drawn: ten times a second at most.
     # It is shown on a terminal only; the log gets its last state, as one line.
@@ -387,10 +410,7 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
             learning_rates += scheduler.get_last_lr()
             optimizer.zero_grad()
             loss, right = step.forward_backward(images, labels)
-            torch.set_num_threads(1)  # PyTorch's others, once they had work, spin on the cores that step.cpp needs
-            optimizer.step()
-            torch.set_num_threads(threads)
-            scheduler.step()
+            update(optimizer, scheduler)
 
             losses[index] = loss * len(labels)
             total_right += right
@@ -402,7 +422,7 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
                     raise Divergence(f"the loss is not finite: {where}; begin anew with a lower --max-lr")
                 mean_loss = losses.sum().item() / seen
                 bar.set_description_str(f"loss={mean_loss:.4f} batch_id={index}", refresh=False)
-        line = bar.format_meter(**{**bar.format_dict, "ncols": 100, "ascii": False})
+        line = bar.format_meter(**{**bar.format_dict, "ncols": 100, "ascii": False})  # for the log
     return mean_loss, 100 * total_right.item() / seen, learning_rates[-1], line
 
 
@@ -465,19 +485,14 @@ def read_checkpoint(run: Path) -> tuple[Recipe, dict]:
         optimizer, scheduler = make_optimizer(net, recipe, total_steps=1)
         for name, part in (("model", net), ("optimizer", optimizer), ("scheduler", scheduler)):
             part.load_state_dict(checkpoint[name])
+        if net.activation != recipe.activation:
+            raise ValueError("the weights have another activation")
         if any(row.keys() != set(HISTORY) for row in checkpoint["history"]):
             raise ValueError("the history has other columns")
         "".join(checkpoint["log"])  # lines of text, or a TypeError
         return recipe, checkpoint
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise Failure(f"{path} was not made by this script.py") from error
-
-
-def save_tables(run: Path, history: list[dict], log: list[str]) -> None:
-    """Write history.csv and train.log."""
-    lines = [HISTORY, *(row.values() for row in history)]
-    save(run / "history.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-    save(run / "train.log", "".join(line + "\n" for line in log))
 
 
 def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, checkpoint: dict | None = None) -> None:
@@ -500,7 +515,7 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         save(run / "recipe.json", json.dumps(asdict(recipe) | machine(device), indent=2) + "\n")
         say(f"{summary()}\ndevice: {device.type}; torch {torch.__version__}\nseed: {recipe.seed}")
     seed_everything(recipe.seed, 0)
-    net = Net().to(device)
+    net = Net(recipe.activation).to(device)
     step = make_step(net, recipe, say)
     optimizer, scheduler = make_optimizer(net, recipe, recipe.epochs * len(train_loader))
     parts = {"model": net, "optimizer": optimizer, "scheduler": scheduler}
@@ -508,10 +523,15 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
 
+    def save_tables() -> None:
+        lines = [HISTORY, *(row.values() for row in history)]
+        save(run / "history.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+        save(run / "train.log", "".join(line + "\n" for line in log))
+
     def keep() -> None:
         states = {name: part.state_dict() for name, part in parts.items()}
         save(run / "checkpoint.pt", {"recipe": asdict(recipe), "history": history, "log": log, **states})
-        save_tables(run, history, log)
+        save_tables()
         print(log[-1], flush=True)  # now that it can be resumed
 
     for epoch in range(len(history) + 1, recipe.epochs + 1):
@@ -534,7 +554,7 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     score = test(step, test_loader)  # once more, for a run that is resumed behind its last epoch
     minutes, seconds = divmod(round(sum(row["seconds"] for row in history)), 60)
     say(f"Final accuracy: {score.accuracy:.2f}% after {recipe.epochs} epochs in {minutes} min {seconds} s; see {run}")
-    save_tables(run, history, log)
+    save_tables()  # once more, with that line
     pictures = {}
     try:
         from pictures import draw
@@ -544,7 +564,7 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         print(f"no pictures: {error}", flush=True)
     for name, picture in pictures.items():
         save(run / name, picture)
-    save(run / "model.pt", {name: value.cpu().contiguous() for name, value in net.state_dict().items()})
+    save(run / "model.pt", net.to("cpu", memory_format=torch.contiguous_format).state_dict())
 
 
 def evaluate(weights: Path, data_dir: Path, device: torch.device) -> None:
@@ -595,8 +615,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     try:
         recipe = replace(RECIPES[args.recipe or "ours"], **given)
     except ValueError as error:  # it begins with the field's name
-        name, rest = str(error).split(" ", maxsplit=1)
-        parser.error(f"--{name.replace('_', '-')} {rest}")
+        parser.error("--" + str(error).replace("_", "-"))
 
     able = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
@@ -616,16 +635,17 @@ def device_problem(error: Exception, device: str) -> str | None:
     return None
 
 
-def interrupt(signum: int, _frame) -> None:
-    """The handler of Ctrl-C and SIGTERM: it ends the run, and for ten seconds hears no more, so that it can save."""
-    if time.monotonic() > interrupt.deaf_until:
-        interrupt.deaf_until = time.monotonic() + 10  # and not for ever: a library may swallow the first
-        raise KeyboardInterrupt(128 + signum)  # the exit status
-
-
 def hear_signals() -> None:
-    """Let Ctrl-C and SIGTERM call interrupt(), where they are not ignored, as a shell's background jobs do Ctrl-C."""
-    interrupt.deaf_until = 0.0
+    """Let Ctrl-C and SIGTERM end the run, which then hears no more of them for ten seconds, so that it can save."""
+    deaf_until = 0.0
+
+    def interrupt(signum: int, _frame) -> None:
+        nonlocal deaf_until
+        if time.monotonic() > deaf_until:
+            deaf_until = time.monotonic() + 10  # and not for ever: a library may swallow the first
+            raise KeyboardInterrupt(128 + signum)  # the exit status
+
+    # Where they are not ignored, as the background jobs of a shell ignore Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)

@@ -1,17 +1,17 @@
 // One training step of script.py's network on a processor: forward pass, loss and backward pass, in float32.
 //
-// script.py compiles this file when it starts, checks a batch against autograd, and then calls step() where it would call
-// the network and loss.backward(). step() reads the network's own parameters, and leaves gradients and running statistics
-// where PyTorch would, so that optimizer, schedule and checkpoint see an ordinary network.
+// script.py compiles this file when it starts, checks a batch against autograd, and then calls step() where it would
+// call the network and loss.backward(). step() reads the network's own parameters, and leaves gradients and running
+// statistics where PyTorch would, so that optimizer, schedule and checkpoint see an ordinary network.
 //
-// Layout. Images are taken in blocks of LANES, as many as a vector register holds numbers, and the image is the innermost
-// axis: a Vector is one pixel of LANES images. So all that costs time is plain loops over whole vectors, whatever a map's
-// size. A block's maps lie as [channel][row][column] in a frame of zeros, which is the convolutions'
+// Layout. Images are taken in blocks of LANES, as many as a vector register holds numbers, and the image is the
+// innermost axis: a Vector is one pixel of LANES images. So all that costs time is plain loops over whole vectors,
+// whatever a map's size. A block's maps lie as [channel][row][column] in a frame of zeros, which is the convolutions'
 // padding: no loop asks whether it stands at the edge.
 //
-// Threads. A thread takes whole blocks through all layers. Blocks meet only where batch normalisation needs sums over the
-// batch, five times on the way forward and five on the way back. Every sum is taken within a block and then over the
-// blocks in their order, so that any number of threads gives the same bits.
+// Threads. A thread takes whole blocks through all layers. Blocks meet only where batch normalisation needs sums over
+// the batch, five times on the way forward and five on the way back. Every sum is taken within a block and then over
+// the blocks in their order, so that any number of threads gives the same bits.
 
 #include <algorithm>
 #include <barrier>
@@ -66,9 +66,9 @@ static inline float channel_sum(Z& z, int c) {
 // ---------------------------------------------------------------- convolution
 
 // A tile of a convolution: TILE channels of `width` neighbours, whose sums stay in registers while all inputs pass by.
-// weight: (in, K, K, out), so that a tile's weights lie side by side. The gradient of a convolution's input is this same
-// convolution with in and out exchanged and the kernel turned by half a turn: PyTorch's (out, K, K, in) has just that
-// order of axes, and the taps are taken from the last to the first.
+// weight: (in, K, K, out), so that a tile's weights lie side by side. The gradient of a convolution's input is this
+// same convolution with in and out exchanged and the kernel turned by half a turn: PyTorch's (out, K, K, in) has just
+// that order of axes, and the taps are taken from the last to the first.
 template <int K, bool turned, int width, class In, class Out, class Store>
 static inline void convolve_tile(In& x, const float* weight, Out& y, int first, int h, int w, Store store) {
     Vector total[TILE][width] = {};
@@ -118,17 +118,9 @@ static void conv_backward(Out& dz, const float* weight, In& x) {
     convolve<K, true>(dz, weight, x, [](Vector& value, Vector total, int) { value = total; });
 }
 
-// The same, and on through x = dropout(relu(y)) to the gradient of y. Where x is 0, ReLU or dropout let nothing pass;
-// elsewhere y was scaled by 1 / (1 - rate), or by 1 without dropout.
-template <int K, class Out, class In>
-static void conv_relu_backward(Out& dz, const float* weight, In& x, float scale) {
-    convolve<K, true>(dz, weight, x, [=](Vector& value, Vector total, int) {
-        value = value > 0.0f ? total * scale : Vector{};
-    });
-}
-
 // The gradient of the weights, (out, K, K, in): sums of dz times x over pixels and images. One row of K taps of GROUP
-// output channels stays in registers, and a strip of so many rows is taken at a time that dz stays in the nearest cache.
+// output channels stays in registers, and a strip of so many rows is taken at a time that dz stays in the nearest
+// cache.
 template <int K, class In, class Out>
 [[gnu::noinline]] static void weight_gradient(In& x, Out& dz, Vector* scratch, float* gradient) {
     constexpr int GROUP = LANES < 16 && Out::channels % 4 == 0 ? 4 : 5, ROWS = Out::side == 28 ? 2 : 7;
@@ -153,7 +145,7 @@ template <int K, class In, class Out>
     for (int i = 0; i < Out::channels * K * K * In::channels; i++) gradient[i] = sum(scratch[i]);
 }
 
-// ---------------------------------------------------------------- batch normalisation, ReLU, max-pool, dropout
+// ---------------------------------------------------------------- batch normalisation, activation, max-pool, dropout
 
 // Of each channel of a block: the mean of z, and the sum of its squared deviations from that mean.
 template <class Z>
@@ -187,14 +179,25 @@ struct Norm {
     Vector operator()(int c, Vector z) const { return z * scale[c] + shift[c]; }
 };
 
-// Not the larger of 0 and v: what is not a number must stay so, or a diverged run would look like one that learns.
-static inline Vector relu(Vector v) { return v < 0.0f ? Vector{} : v; }
+// The activation, which step.py names to the compiler, and its slope, as PyTorch has it at the edges. What is not a
+// number must stay so, or a diverged run would look like one that learns: so ReLU is not the larger of 0 and y.
+#if defined HARDSWISH
+static inline Vector activation(Vector y) { return y < -3.0f ? Vector{} : y > 3.0f ? y : y * (y + 3.0f) * (1 / 6.0f); }
+static inline Vector slope(Vector y) {
+    return y <= -3.0f ? Vector{} : y >= 3.0f ? Vector{} + 1.0f : y * (1 / 3.0f) + 0.5f;
+}
+#elif defined RELU
+static inline Vector activation(Vector y) { return y < 0.0f ? Vector{} : y; }
+static inline Vector slope(Vector y) { return y > 0.0f ? Vector{} + 1.0f : Vector{}; }
+#else
+#error "no such activation in step.cpp"
+#endif
 
-// a = relu(norm(z))
+// a = activation(norm(z))
 template <class Z>
-static void norm_relu(Z& z, const Norm<Z>& norm, Z& a) {
+static void norm_activation(Z& z, const Norm<Z>& norm, Z& a) {
     for (int c = 0; c < Z::channels; c++)
-        for_pixels<Z>([&](int h, int w) { a(c, h, w) = relu(norm(c, z(c, h, w))); });
+        for_pixels<Z>([&](int h, int w) { a(c, h, w) = activation(norm(c, z(c, h, w))); });
 }
 
 // A value is dropped where a hash of its place in the batch and of a key, drawn anew for each step and layer, is below
@@ -215,28 +218,37 @@ struct Dropout {
     }
 };
 
-// a = dropout(relu(pool(norm(z)))). winner: which of a window's four values was the largest, 0 to 3 in reading order and
-// the first of equals, as in PyTorch. The block holds the images from number `image` on, of `images` in the batch.
+// a = dropout(activation(pool(norm(z)))). winner: which of a window's four values was the largest, 0 to 3 in reading
+// order and the first of equals, as in PyTorch, or 4 where dropout drops it. The block holds the images from number
+// `image` on, of `images` in the batch.
 template <class Z, class A>
-static void norm_pool_relu(Z& z, const Norm<Z>& norm, A& a, A& winner, const Dropout& dropout, int image, int images) {
-    const Vector zero = {}, one = zero + 1.0f, two = zero + 2.0f, three = zero + 3.0f;
+static void norm_pool(Z& z, const Norm<Z>& norm, A& a, A& winner, const Dropout& dropout, int image, int images) {
+    const Vector zero = {}, one = zero + 1.0f, two = zero + 2.0f, three = zero + 3.0f, none = zero + 4.0f;
     for (int c = 0; c < A::channels; c++)
         for_pixels<A>([&](int h, int w) {
             const Vector y0 = norm(c, z(c, 2 * h, 2 * w)), y1 = norm(c, z(c, 2 * h, 2 * w + 1));
             const Vector y2 = norm(c, z(c, 2 * h + 1, 2 * w)), y3 = norm(c, z(c, 2 * h + 1, 2 * w + 1));
             const Vector upper = y0 > y1 ? y0 : y1, lower = y2 > y3 ? y2 : y3, most = upper > lower ? upper : lower;
-            winner(c, h, w) = y0 == most ? zero : y1 == most ? one : y2 == most ? two : three;
+            const Vector first = y0 == most ? zero : y1 == most ? one : y2 == most ? two : three;
             const Mask keeps = dropout.keeps(((c * A::side + h) * A::side + w) * images + image);
-            a(c, h, w) = keeps ? relu(most) * dropout.scale : zero;
+            winner(c, h, w) = keeps ? first : none;
+            a(c, h, w) = keeps ? activation(most) * dropout.scale : zero;
         });
 }
 
-// The gradient of a max-pool's input at (c, h, w): its window's whole gradient for the winner, 0 for the others.
-template <class A>
-static auto unpool(A& gradient, A& winner) {
+// The gradient of y = norm(z), as a function of the place, given da, that of a = activation(y).
+template <class Z>
+static auto unactivate(Z& da, Z& z, const Norm<Z>& norm) {
+    return [&](int c, int h, int w) { return da(c, h, w) * slope(norm(c, z(c, h, w))); };
+}
+
+// The same, given da, the gradient of a = dropout(activation(pool(y))): all of it is the winner's.
+template <class A, class Z>
+static auto unpool(A& da, A& winner, Z& z, const Norm<Z>& norm, const Dropout& dropout) {
     return [&](int c, int h, int w) -> Vector {
         const float place = 2 * (h % 2) + w % 2;
-        return winner(c, h / 2, w / 2) == place ? gradient(c, h / 2, w / 2) : Vector{};
+        const Vector gradient = da(c, h / 2, w / 2) * dropout.scale * slope(norm(c, z(c, h, w)));
+        return winner(c, h / 2, w / 2) == place ? gradient : Vector{};
     };
 }
 
@@ -259,7 +271,8 @@ static void norm_gradient(Z& z, const Norm<Z>& norm, YGradient&& g, NormGradient
     }
 }
 
-// The gradient of z takes z's place. Given are g(c, h, w), that of y = norm(z), and those of gamma and beta over the
+// The gradient of z takes z's place, pixel by pixel, for g reads z at its own place. Given are g(c, h, w), that of
+// y = norm(z), and those of gamma and beta over the
 // batch's n values of a channel. Each z has a hand in all n values of y, by way of their mean and variance:
 // dz = scale * (g - dbeta / n - (z - mean) * inverse * dgamma / n)
 template <class Z, class YGradient>
@@ -267,8 +280,8 @@ static void norm_backward(Z& z, const Norm<Z>& norm, YGradient&& g, const NormGr
     const float n = float(images) * Z::area;
     for (int c = 0; c < Z::channels; c++) {
         const float scale = norm.scale[c], mean = norm.mean[c], offset = -scale * gradient.beta[c] / n;
-        const float slope = -scale * norm.inverse[c] * gradient.gamma[c] / n;
-        for_pixels<Z>([&](int h, int w) { z(c, h, w) = scale * g(c, h, w) + slope * (z(c, h, w) - mean) + offset; });
+        const float pull = -scale * norm.inverse[c] * gradient.gamma[c] / n;
+        for_pixels<Z>([&](int h, int w) { z(c, h, w) = scale * g(c, h, w) + pull * (z(c, h, w) - mean) + offset; });
     }
 }
 
@@ -287,7 +300,8 @@ struct Parameters {  // in the order of net.parameters(); a convolution's weight
 };
 
 // What a step finds: floats alone, so that the results of the blocks can be added up as such. The gradients are in the
-// order of the parameters. Those of bias1, 2, 4, 5 and 6 stay 0: the batch normalisation that follows subtracts them again.
+// order of the parameters. Those of bias1, 2, 4, 5 and 6 stay 0: the batch normalisation that follows subtracts them
+// again.
 struct Result {
     float conv1[90], bias1[10];
     NormGradient<Z1> norm1;
@@ -310,8 +324,8 @@ struct Statistics {  // of a batch normalisation: running_mean, running_var, num
     int64_t* batches;
 };
 
-// All that one block of images needs. On the way back each convolution's output z gives way to its own gradient, and each
-// activation a to the gradient of what went into its ReLU (a3, which has none: to its own).
+// All that one block of images needs. On the way back each convolution's output z, and each of its inputs a, gives way
+// to its own gradient.
 struct Block {
     Maps<1, 28> x;
     Z1 z1, a1;
@@ -340,11 +354,12 @@ static void read(const float* pixels, int image, int images, Block& b) {
     });
 }
 
-// From z6 to the log-probabilities, in b.output: norm, ReLU, global average pooling, the last convolution, log-softmax.
+// From z6 to the log-probabilities, in b.output: norm, activation, global average pooling, the last convolution,
+// log-softmax.
 static void head(Block& b, const Norm<Z6>& norm6, const Parameters& p) {
     for (int c = 0; c < 40; c++) {
         Vector total = {};
-        for_pixels<Z6>([&](int h, int w) { total += relu(norm6(c, b.z6(c, h, w))); });
+        for_pixels<Z6>([&](int h, int w) { total += activation(norm6(c, b.z6(c, h, w))); });
         b.average[c] = total / 49.0f;
     }
     for (int k = 0; k < 10; k++) {
@@ -424,9 +439,10 @@ extern "C" {
 
 int lanes() { return LANES; }
 
-// Forward, loss and backward of a batch. pixels: (images, 1, 28, 28), labels: (images,), images a multiple of LANES. Leaves
-// the gradients and the loss in `output`, as a Result, and moves the running statistics.
-// Without labels, it is the network in evaluation mode for any number of images, output: (images, 10) log-probabilities.
+// Forward, loss and backward of a batch. pixels: (images, 1, 28, 28), labels: (images,), images a multiple of LANES.
+// Leaves the gradients and the loss in `output`, as a Result, and moves the running statistics.
+// Without labels, it is the network in evaluation mode for any number of images, output: (images, 10)
+// log-probabilities.
 void step(const Parameters& p, const Statistics* running, const float* pixels, const int64_t* labels, int images,
           float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
     const int count = (images + LANES - 1) / LANES;
@@ -454,34 +470,32 @@ void step(const Parameters& p, const Statistics* running, const float* pixels, c
         });
         const Norm norm1 = norm(blocks->moments1, p.gamma1, p.beta1, 0);
         each([&](Block& b, int) {
-            norm_relu(b.z1, norm1, b.a1);
+            norm_activation(b.z1, norm1, b.a1);
             conv<3>(b.a1, p.conv2, p.bias2, b.z2);
             measure(b.z2, b.moments2);
         });
         const Norm norm2 = norm(blocks->moments2, p.gamma2, p.beta2, 1);
         each([&](Block& b, int image) {
-            norm_pool_relu(b.z2, norm2, b.a2, b.winner2, dropout1, image, images);
+            norm_pool(b.z2, norm2, b.a2, b.winner2, dropout1, image, images);
             conv<1>(b.a2, p.conv3, p.bias3, b.a3);
             conv<3>(b.a3, p.conv4, p.bias4, b.z4);
             measure(b.z4, b.moments4);
         });
         const Norm norm4 = norm(blocks->moments4, p.gamma4, p.beta4, 2);
         each([&](Block& b, int) {
-            norm_relu(b.z4, norm4, b.a4);
+            norm_activation(b.z4, norm4, b.a4);
             conv<3>(b.a4, p.conv5, p.bias5, b.z5);
             measure(b.z5, b.moments5);
         });
         const Norm norm5 = norm(blocks->moments5, p.gamma5, p.beta5, 3);
         each([&](Block& b, int image) {
-            norm_pool_relu(b.z5, norm5, b.a5, b.winner5, dropout2, image, images);
+            norm_pool(b.z5, norm5, b.a5, b.winner5, dropout2, image, images);
             conv<3>(b.a5, p.conv6, p.bias6, b.z6);
             measure(b.z6, b.moments6);
         });
         const Norm norm6 = norm(blocks->moments6, p.gamma6, p.beta6, 4);
-        auto unaverage = [&](Block& b) {  // the gradient of norm6's output, back through average and ReLU
-            return [&](int c, int h, int w) -> Vector {
-                return norm6(c, b.z6(c, h, w)) > 0.0f ? b.average[c] : Vector{};
-            };
+        auto unaverage = [&](Block& b) {  // the gradient of norm6's output, back through average and activation
+            return [&](int c, int h, int w) { return b.average[c] * slope(norm6(c, b.z6(c, h, w))); };
         };
         each([&](Block& b, int image) {
             head(b, norm6, p);
@@ -499,36 +513,36 @@ void step(const Parameters& p, const Statistics* running, const float* pixels, c
         each([&](Block& b, int) {
             norm_backward(b.z6, norm6, unaverage(b), gradient6, images);
             weight_gradient<3>(b.a5, b.z6, b.scratch, b.result.conv6);
-            conv_relu_backward<3>(b.z6, p.conv6, b.a5, dropout2.scale);
-            norm_gradient(b.z5, norm5, unpool(b.a5, b.winner5), b.result.norm5);
+            conv_backward<3>(b.z6, p.conv6, b.a5);
+            norm_gradient(b.z5, norm5, unpool(b.a5, b.winner5, b.z5, norm5, dropout2), b.result.norm5);
         });
         const NormGradient gradient5 = add_up(blocks->result.norm5, count);
         each([&](Block& b, int) {
-            norm_backward(b.z5, norm5, unpool(b.a5, b.winner5), gradient5, images);
+            norm_backward(b.z5, norm5, unpool(b.a5, b.winner5, b.z5, norm5, dropout2), gradient5, images);
             weight_gradient<3>(b.a4, b.z5, b.scratch, b.result.conv5);
-            conv_relu_backward<3>(b.z5, p.conv5, b.a4, 1);
-            norm_gradient(b.z4, norm4, b.a4, b.result.norm4);
+            conv_backward<3>(b.z5, p.conv5, b.a4);
+            norm_gradient(b.z4, norm4, unactivate(b.a4, b.z4, norm4), b.result.norm4);
         });
         const NormGradient gradient4 = add_up(blocks->result.norm4, count);
         each([&](Block& b, int) {
-            norm_backward(b.z4, norm4, b.a4, gradient4, images);
+            norm_backward(b.z4, norm4, unactivate(b.a4, b.z4, norm4), gradient4, images);
             weight_gradient<3>(b.a3, b.z4, b.scratch, b.result.conv4);
             conv_backward<3>(b.z4, p.conv4, b.a3);
             weight_gradient<1>(b.a2, b.a3, b.scratch, b.result.conv3);
             for (int c = 0; c < 10; c++) b.result.bias3[c] = channel_sum(b.a3, c);
-            conv_relu_backward<1>(b.a3, p.conv3, b.a2, dropout1.scale);
-            norm_gradient(b.z2, norm2, unpool(b.a2, b.winner2), b.result.norm2);
+            conv_backward<1>(b.a3, p.conv3, b.a2);
+            norm_gradient(b.z2, norm2, unpool(b.a2, b.winner2, b.z2, norm2, dropout1), b.result.norm2);
         });
         const NormGradient gradient2 = add_up(blocks->result.norm2, count);
         each([&](Block& b, int) {
-            norm_backward(b.z2, norm2, unpool(b.a2, b.winner2), gradient2, images);
+            norm_backward(b.z2, norm2, unpool(b.a2, b.winner2, b.z2, norm2, dropout1), gradient2, images);
             weight_gradient<3>(b.a1, b.z2, b.scratch, b.result.conv2);
-            conv_relu_backward<3>(b.z2, p.conv2, b.a1, 1);
-            norm_gradient(b.z1, norm1, b.a1, b.result.norm1);
+            conv_backward<3>(b.z2, p.conv2, b.a1);
+            norm_gradient(b.z1, norm1, unactivate(b.a1, b.z1, norm1), b.result.norm1);
         });
         const NormGradient gradient1 = add_up(blocks->result.norm1, count);
         each([&](Block& b, int) {
-            norm_backward(b.z1, norm1, b.a1, gradient1, images);
+            norm_backward(b.z1, norm1, unactivate(b.a1, b.z1, norm1), gradient1, images);
             weight_gradient<3>(b.x, b.z1, b.scratch, b.result.conv1);
         });
     };

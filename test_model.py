@@ -86,6 +86,19 @@ def test_the_network_is_the_source_documents_and_gives_log_probabilities():
     torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(5))
 
 
+@pytest.mark.parametrize(("name", "activation"), [("relu", nn.ReLU()), ("hardswish", nn.Hardswish())])
+def test_the_activation_is_torchs_and_goes_with_the_weights(name, activation):
+    net, images = script.Net(name).eval(), torch.randn(8, 1, 28, 28)
+    first = net.conv1, net.norm1, activation, net.conv2, net.norm2, net.pool1, activation, net.drop1
+    second = net.conv3, net.conv4, net.norm4, activation, net.conv5, net.norm5, net.pool2, activation, net.drop2
+    third = net.conv6, net.norm6, activation, net.gap, net.conv7, nn.Flatten(), nn.LogSoftmax(dim=1)
+    torch.testing.assert_close(net(images), nn.Sequential(*first, *second, *third)(images))
+    other = script.Net("hardswish" if name == "relu" else "relu").eval()
+    assert not torch.allclose(other(images), net(images))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(images), net(images))
+
+
 def test_dropout_acts_in_training_only():
     net, images = script.Net().eval(), torch.rand(8, 1, 28, 28)
     assert torch.equal(net(images), net(images))
@@ -387,7 +400,9 @@ def test_the_sources_recipe_and_a_flag_that_goes_before_it(tmp_path, few_images,
     recipe = json.loads((run / "recipe.json").read_text())
     told = {"batch_size": 32, "max_lr": 0.01, "rotation": 5, "affine_rotation": 5, "shear": 5, "translate": 0}
     default = inspect.signature(vision.affine).parameters["interpolation"].default.value
-    assert recipe | told | {"scale": 0, "weight_decay": 0.001, "interpolation": default} == recipe
+    told |= {"scale": 0, "weight_decay": 0.001, "interpolation": default, "activation": "relu"}
+    assert recipe | told == recipe
+    assert script.load_net(run / "model.pt").activation == "relu"
     assert (script.RECIPES["source"].weight_decay, script.RECIPES["source"].epochs) == (1e-4, 20)
 
 
@@ -539,7 +554,7 @@ def test_bad_usage(tmp_path, monkeypatch, capsys, arguments, message):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": 2.0}, {"epochs": True}, {"seed": "1"}, {"shear": 90}, {"div_factor": 0}, {"interpolation": "cubic"}],
+    [{"epochs": 2.0}, {"epochs": True}, {"seed": "1"}, {"shear": 90}, {"div_factor": 0}, {"activation": "mish"}],
 )
 def test_a_recipe_refuses_what_is_out_of_range(wrong):
     ((name, value),) = wrong.items()
@@ -561,7 +576,8 @@ def test_weights_that_are_none(tmp_path, monkeypatch, capsys):
     Path("text.pt").write_text("no weights")
     torch.save(Hostile(), "hostile.pt")
     foreign = {"numbers.pt": {1: 2}, "list.pt": [1, 2], "other.pt": nn.Linear(3, 3).state_dict()}
-    nan = {"nan.pt": {name: value * math.nan for name, value in script.load(good).items()}}
+    foreign["unknown activation.pt"] = script.load(good) | {"_extra_state": ["relu"]}
+    nan = {"nan.pt": script.load(good) | {"conv1.bias": torch.full((10,), math.nan)}}
     for name, content in (foreign | nan).items():
         torch.save(content, name)
     messages = {"missing.pt": ": No such file or directory", "nan.pt": " holds weights that are not finite numbers"}
@@ -820,6 +836,7 @@ def test_checkpoints_that_are_none(small_run, tmp_path, monkeypatch, capsys):
         {"recipe": {}},
         {**ours, "recipe": {**ours["recipe"], "interpolation": "sharp"}},
         {**ours, "recipe": {**ours["recipe"], "holdout": "x"}},
+        {**ours, "recipe": {**ours["recipe"], "activation": "hardswish"}},
         {**ours, "model": {**ours["model"], "conv1.weight": torch.zeros(3, 3)}},
         {**ours, "optimizer": {}},
         {**ours, "history": [1, 2]},

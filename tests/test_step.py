@@ -21,9 +21,11 @@ pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 LANES = {"-D__AVX512F__=1": 16, "-U__AVX512F__": 8}  # by flag; either compiles for any processor
 
 
-def trained_net():
-    """The committed network, in training mode."""
-    return script.load_net(HERE / "assets" / "model.pt").train()
+def trained_net(activation="relu"):
+    """The committed weights in training mode, with the activation they were trained with or another."""
+    net = script.load_net(HERE / "assets" / "model.pt").train()
+    net.activation = activation
+    return net
 
 
 def batch(test_set, size=32):
@@ -42,10 +44,11 @@ def mask(rate, key, shape, images):
 
 
 @pytest.mark.parametrize("flag", ["", *(pytest.param(flag, marks=pytest.mark.slow) for flag in LANES)])
+@pytest.mark.parametrize("activation", script.ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["fresh", "ties", "trained"])
-def test_gradients_and_statistics_are_autograds(test_set, monkeypatch, kind, flag):
+def test_gradients_and_statistics_are_autograds(test_set, monkeypatch, kind, activation, flag):
     monkeypatch.setenv("CXX", f"{COMPILER} {flag}".strip())
-    net = script.Net() if kind == "fresh" else trained_net()
+    net = script.Net(activation) if kind == "fresh" else trained_net(activation)
     rate = 0.1 if kind == "trained" else 0.0
     net.drop1.p = net.drop2.p = rate
     exact, step = copy.deepcopy(net).double(), fast.CompiledStep(script.Step(net))
@@ -70,7 +73,7 @@ def test_gradients_and_statistics_are_autograds(test_set, monkeypatch, kind, fla
         for (name, parameter), wanted in zip(net.named_parameters(), exact.parameters(), strict=True):
             if name in ("conv1.bias", "conv2.bias", "conv4.bias", "conv5.bias", "conv6.bias"):
                 assert not parameter.grad.any()  # batch normalisation takes it away again; autograd finds noise
-            else:  # a value that rounding puts on the other side of a ReLU's edge moves a gradient by some thousandths
+            else:  # a value that rounding puts over an activation's edge moves a gradient by some thousandths
                 assert (parameter.grad - wanted.grad).norm() < 0.01 * wanted.grad.norm(), name
         for buffer, wanted in zip(net.buffers(), exact.buffers(), strict=True):
             torch.testing.assert_close(buffer.double(), wanted.double(), rtol=1e-4, atol=1e-5)
@@ -132,6 +135,20 @@ def test_ten_steps_are_those_of_the_eager_network(test_set):
             optimizer.step()
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=0.02)
     assert losses["compiled"][-1] < 0.8 * losses["compiled"][0]
+
+
+def test_one_batch_that_rounding_decides_does_not_cost_the_fast_step(monkeypatch):
+    step, calls = fast.CompiledStep.forward_backward, []
+
+    def rounded(self, images, labels):
+        calls.append(images)
+        loss, right = step(self, images, labels)
+        return loss * (1.1 if len(calls) == 1 else 1), right
+
+    monkeypatch.setattr(fast.CompiledStep, "forward_backward", rounded)
+    assert isinstance(script.make_step(script.Net(), script.Recipe()), fast.CompiledStep)
+    assert len(calls) > 1
+    assert not torch.equal(*calls[:2])
 
 
 @fault(
@@ -201,13 +218,13 @@ int main() {  // every buffer is as large as it must be, and no larger
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", LANES)
+@pytest.mark.parametrize("flag", [f"{flag} -DHARDSWISH" for flag in LANES])
 def test_the_step_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path, flag):
     net = script.Net()
     sizes = [tensor.nbytes // 4 for tensor in (*net.parameters(), *net.buffers())]
     (tmp_path / "main.cpp").write_text(SANITIZED.replace("SIZES", str(sizes).strip("[]")))
     sanitizers = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-    line = [COMPILER, "-std=c++20", "-O1", "-pthread", "-I", HERE, flag, *sanitizers, "-o", "main", "main.cpp"]
+    line = [COMPILER, "-std=c++20", "-O1", "-pthread", "-I", HERE, *flag.split(), *sanitizers, "-o", "main", "main.cpp"]
     built = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:  # the sanitizers' libraries
         pytest.skip("this compiler has no sanitizers")
