@@ -128,13 +128,13 @@ def test_ten_steps_are_those_of_the_eager_network(test_set):
         net.drop1.p = net.drop2.p = 0.0
         step = script.make_step(net, script.Recipe(compile=kind == "compiled"), said.append)
         assert said[0].startswith(f"step: {kind}, float32, threads: ")
-        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)  # Adam would blow up what rounding changes
         for _ in range(10):
             optimizer.zero_grad()
             found.append(step.forward_backward(*batch(test_set))[0].item())
             optimizer.step()
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=0.02)
-    assert losses["compiled"][-1] < 0.8 * losses["compiled"][0]
+    assert losses["compiled"][-1] < 0.9 * losses["compiled"][0]
 
 
 def test_one_batch_that_rounding_decides_does_not_cost_the_fast_step(monkeypatch):
