@@ -554,7 +554,10 @@ def test_bad_usage(tmp_path, monkeypatch, capsys, arguments, message):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": 2.0}, {"epochs": True}, {"seed": "1"}, {"shear": 90}, {"div_factor": 0}, {"activation": "mish"}],
+    [
+        *({"epochs": 2.0}, {"epochs": True}, {"seed": "1"}, {"shear": 90}, {"div_factor": 0}),
+        *({"interpolation": "cubic"}, {"activation": "mish"}),
+    ],
 )
 def test_a_recipe_refuses_what_is_out_of_range(wrong):
     ((name, value),) = wrong.items()

@@ -129,12 +129,12 @@ def test_ten_steps_are_those_of_the_eager_network(test_set):
         step = script.make_step(net, script.Recipe(compile=kind == "compiled"), said.append)
         assert said[0].startswith(f"step: {kind}, float32, threads: ")
         optimizer = torch.optim.SGD(net.parameters(), 0.1)  # Adam would blow up what rounding changes
-        for _ in range(10):
+        for _ in range(20):
             optimizer.zero_grad()
             found.append(step.forward_backward(*batch(test_set))[0].item())
             optimizer.step()
-    assert losses["compiled"] == pytest.approx(losses["eager"], rel=0.02)
-    assert losses["compiled"][-1] < 0.9 * losses["compiled"][0]
+    assert losses["compiled"][:10] == pytest.approx(losses["eager"][:10], rel=0.02)
+    assert losses["compiled"][-1] < 0.8 * losses["compiled"][0]
 
 
 def test_one_batch_that_rounding_decides_does_not_cost_the_fast_step(monkeypatch):
@@ -218,13 +218,15 @@ int main() {  // every buffer is as large as it must be, and no larger
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", [f"{flag} -DHARDSWISH" for flag in LANES])
-def test_the_step_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path, flag):
+@pytest.mark.parametrize("activation", script.ACTIVATIONS)
+@pytest.mark.parametrize("flag", LANES)
+def test_the_step_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path, flag, activation):
     net = script.Net()
     sizes = [tensor.nbytes // 4 for tensor in (*net.parameters(), *net.buffers())]
     (tmp_path / "main.cpp").write_text(SANITIZED.replace("SIZES", str(sizes).strip("[]")))
     sanitizers = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-    line = [COMPILER, "-std=c++20", "-O1", "-pthread", "-I", HERE, *flag.split(), *sanitizers, "-o", "main", "main.cpp"]
+    flags = "-std=c++20", "-O1", "-pthread", "-I", HERE, flag, f"-D{activation.upper()}", *sanitizers
+    line = [COMPILER, *flags, "-o", "main", "main.cpp"]
     built = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:  # the sanitizers' libraries
         pytest.skip("this compiler has no sanitizers")
