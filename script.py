@@ -68,7 +68,7 @@ class Recipe:
     max_lr: float = 0.02  # Adam's learning rate at the peak of the cycle
     weight_decay: float = 2e-6  # Adam's L2 penalty
     seed: int = 1  # of everything that is random
-    activation: str = "relu"  # or hardswish
+    activation: str = "hardswish"  # or relu
     # The cycle (OneCycleLR): the learning rate goes up to max_lr, and then down to far below where it began.
     pct_start: float = 0.2  # share of all steps
     div_factor: float = 10.0  # max_lr / first learning rate
@@ -96,16 +96,25 @@ class Recipe:
             if type(value) not in (int, kind) or not least <= value <= most:
                 number = "whole number" if kind is int else "number"
                 raise ValueError(f"{name} is {value!r}; it must be a {number} from {least} to {most}")
-        for name, choices in (("activation", ACTIVATIONS), ("interpolation", ("bicubic", "bilinear", "nearest"))):
-            if (value := getattr(self, name)) not in tuple(choices):  # which takes what has no hash, too
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        choices = {"activation": tuple(ACTIVATIONS), "interpolation": ("bicubic", "bilinear", "nearest")}
+        choices |= dict.fromkeys(("cycle_momentum", "compile"), (False, True))
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
 RECIPES = {
     "ours": Recipe(),
-    # The source document's own values; where it names none, OneCycleLR's and torchvision's usual ones.
+    # The source document's own values; where it names none, the usual ones: ReLU, OneCycleLR's and torchvision's.
     "source": Recipe(
-        max_lr=0.01, weight_decay=1e-4, cycle_momentum=True, shear=5.0, translate=0, scale=0, interpolation="nearest"
+        max_lr=0.01,
+        weight_decay=1e-4,
+        activation="relu",
+        cycle_momentum=True,
+        shear=5.0,
+        translate=0,
+        scale=0,
+        interpolation="nearest",
     ),
 }
 
@@ -116,8 +125,7 @@ RECIPES = {
 class Net(nn.Module):
     """Three convolutional blocks, 15,440 parameters: images (B, 1, 28, 28) -> log-probabilities (B, 10).
 
-    The activation is functional, and stands behind a max-pool where there is one: for ReLU the two commute, and it has
-    less to do.
+    The activation is functional, and stands behind a max-pool where there is one: there it has less to do.
     """
 
     def __init__(self, activation: str = Recipe.activation) -> None:
@@ -276,12 +284,7 @@ def affine_matrices(rotation: Tensor, affine_rotation: Tensor, shear: Tensor, sc
 
 def warp(images: Tensor, matrices: Tensor, interpolation: str) -> Tensor:
     """Resample each image (B, 1, H, W) by its own matrix (B, 2, 3): one interpolation; outside is background (0)."""
-    height, width = images.shape[2:]
-    identity = torch.eye(2, 3, device=images.device)[None]
-    centres = F.affine_grid(identity, [1, 1, height, width], align_corners=False).view(-1, 2)  # (H * W, 2): x, y
-    centres = F.pad(centres, (0, 1), value=1.0)  # x, y, 1, for the third column of a matrix is its shift
-    # One product makes the grids (B, H, W, 2) of all images; F.affine_grid, with one product an image, is slower.
-    grid = (matrices.reshape(-1, 3) @ centres.T).view(-1, 2, height, width).permute(0, 2, 3, 1)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)  # (B, H, W, 2)
     warped = F.grid_sample(images, grid, interpolation, padding_mode="zeros", align_corners=False)
     return warped.clamp_(0, 1)  # bicubic curves overshoot
 
@@ -398,32 +401,30 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
     Raises Divergence where a loss is not finite.
     """
     step.net.train()
-    losses = torch.zeros(len(loader), device=loader.images.device)  # each summed over its batch
+    total_loss = torch.zeros((), device=loader.images.device)
     total_right = torch.zeros((), dtype=torch.int64, device=loader.images.device)
-    learning_rates, seen = [], 0
-
-    # The losses are read, which waits for the device, only when the bar is drawn: ten times a second at most.
-    # It is shown on a terminal only; the log gets its last state, as one line.
+    seen = 0
+    # The bar is shown on a terminal only; the log gets its last state, as one line.
     screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with tqdm(total=len(loader), file=screen, leave=False, dynamic_ncols=True, disable=False) as bar:
         for index, (images, labels) in enumerate(loader):
-            learning_rates += scheduler.get_last_lr()
+            learning_rate = scheduler.get_last_lr()[0]
             optimizer.zero_grad()
             loss, right = step.forward_backward(images, labels)
             update(optimizer, scheduler)
 
-            losses[index] = loss * len(labels)
+            total_loss += loss * len(labels)
             total_right += right
             seen += len(labels)
+            # To read the loss is to wait for the device: so only when the bar is drawn, ten times a second at most.
             if bar.update() or index == len(loader) - 1:
-                if not losses.isfinite().all():
-                    bad = losses.isfinite().int().argmin().item()  # the first
-                    where = f"epoch {epoch}, step {bad + 1} of {len(loader)}, learning rate {learning_rates[bad]:.3g}"
+                mean_loss = total_loss.item() / seen
+                if not math.isfinite(mean_loss):
+                    where = f"epoch {epoch}, by step {index + 1} of {len(loader)}, learning rate {learning_rate:.3g}"
                     raise Divergence(f"the loss is not finite: {where}; begin anew with a lower --max-lr")
-                mean_loss = losses.sum().item() / seen
                 bar.set_description_str(f"loss={mean_loss:.4f} batch_id={index}", refresh=False)
         line = bar.format_meter(**{**bar.format_dict, "ncols": 100, "ascii": False})  # for the log
-    return mean_loss, 100 * total_right.item() / seen, learning_rates[-1], line
+    return mean_loss, 100 * total_right.item() / seen, learning_rate, line
 
 
 class Score(NamedTuple):

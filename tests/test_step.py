@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 LANES = {"-D__AVX512F__=1": 16, "-U__AVX512F__": 8}  # by flag; either compiles for any processor
 
 
-def trained_net(activation="relu"):
+def trained_net(activation=script.Recipe.activation):
     """The committed weights in training mode, with the activation they were trained with or another."""
     net = script.load_net(HERE / "assets" / "model.pt").train()
     net.activation = activation
