@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 import torchsummary
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -61,7 +62,7 @@ ACTIVATIONS = {"hardswish": F.hardswish, "relu": F.relu}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result, beside network and machine. Raises ValueError, with name and range, for a bad value."""
+    """What decides the result, besides network and machine. Raises ValueError, with name and range, for a bad value."""
 
     epochs: int = 20  # passes over the training images
     batch_size: int = 32  # images in a step; an epoch's last may have fewer
@@ -69,12 +70,13 @@ class Recipe:
     weight_decay: float = 2e-6  # Adam's L2 penalty
     seed: int = 1  # of everything that is random
     activation: str = "hardswish"  # or relu
+    compile: bool = True  # whether step.cpp is used where it can be; its last bits are not the eager step's
     # The cycle (OneCycleLR): the learning rate goes up to max_lr, and then down to far below where it began.
     pct_start: float = 0.2  # share of all steps
     div_factor: float = 10.0  # max_lr / first learning rate
     final_div_factor: float = 100.0  # first / last learning rate
     cycle_momentum: bool = False  # whether Adam's beta1 runs from 0.95 to 0.85 and back, or stays at 0.9
-    # The augmentation, drawn anew for each image: a rotation, then an affine transformation.
+    # The augmentation, drawn anew for each image: a rotation, then an affine transformation, as in the source document.
     rotation: float = 5.0  # ± degrees
     affine_rotation: float = 5.0  # ± degrees
     shear: float = 10.0  # ± degrees, along x
@@ -82,8 +84,7 @@ class Recipe:
     scale: float = 0.04  # ± share of the image's size
     interpolation: str = "bicubic"  # or bilinear, whose blur the test images do not have, or nearest
     # Choices are made on training images that are held out, never on the test images.
-    holdout: int = 0  # images: the last of the training set, left out of training and scored on
-    compile: bool = True  # whether step.cpp is used where it can be; its last bits are not the eager step's
+    holdout: int = 0  # so many images, the training set's last, are not trained but scored on
 
     def __post_init__(self) -> None:
         ranges = {"epochs": (1, 1_000_000), "batch_size": (1, 60_000), "seed": (0, 2**63 - 1), "holdout": (0, 59_999)}
@@ -125,12 +126,13 @@ RECIPES = {
 class Net(nn.Module):
     """Three convolutional blocks, 15,440 parameters: images (B, 1, 28, 28) -> log-probabilities (B, 10).
 
-    The activation is functional, and stands behind a max-pool where there is one: there it has less to do.
+    The activation is functional, and comes after the max-pool where there is one: a quarter of the work and, as
+    Hardswish is not monotonic, another network than with the activation first.
     """
 
     def __init__(self, activation: str = Recipe.activation) -> None:
         super().__init__()
-        self.set_extra_state(activation)
+        self.set_extra_state(activation)  # self.activation, checked
         self.conv1 = nn.Conv2d(1, 10, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(10)
         self.conv2 = nn.Conv2d(10, 20, 3, padding=1)
@@ -162,7 +164,7 @@ class Net(nn.Module):
         x = self.conv7(self.gap(x))  # (B, 10, 1, 1)
         return F.log_softmax(x.flatten(1), dim=1)  # (B, 10)
 
-    # The activation goes with the weights, which mean nothing under another: into state_dict(), and back.
+    # The activation goes with the weights, which mean nothing with another: into state_dict(), and back.
     def get_extra_state(self) -> str:
         return self.activation
 
@@ -242,14 +244,16 @@ def read_archive(archive: Path) -> bytes:
     """What one of MNIST's archives holds; one that is not whole is downloaded first. Raises Failure."""
     wanted = ARCHIVES[archive.name]
     for source in (archive.absolute().as_uri(), *(mirror + archive.name for mirror in MIRRORS)):
-        with contextlib.suppress(Exception):  # whatever is wrong with one source, the next may do
+        try:
             with urllib.request.urlopen(source, timeout=30) as answer:
                 content = answer.read()
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() == wanted:
-                if not source.startswith("file:"):
-                    with contextlib.suppress(Failure):  # in a folder that cannot be written
-                        save(archive, content)
-                return gzip.decompress(content)
+        except Exception:  # whatever is wrong with this source, the next may be good
+            content = b""
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() == wanted:
+            if not source.startswith("file:"):
+                with contextlib.suppress(Failure):  # in a folder that cannot be written
+                    save(archive, content)
+            return gzip.decompress(content)
         print(f"data: no good copy at {source}", flush=True)
     raise Failure(f"{archive} is missing or damaged and cannot be downloaded; put a good copy there (md5 {wanted})")
 
@@ -284,7 +288,7 @@ def affine_matrices(rotation: Tensor, affine_rotation: Tensor, shear: Tensor, sc
 
 def warp(images: Tensor, matrices: Tensor, interpolation: str) -> Tensor:
     """Resample each image (B, 1, H, W) by its own matrix (B, 2, 3): one interpolation; outside is background (0)."""
-    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)  # (B, H, W, 2)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)  # (B, H, W, 2)
     warped = F.grid_sample(images, grid, interpolation, padding_mode="zeros", align_corners=False)
     return warped.clamp_(0, 1)  # bicubic curves overshoot
 
@@ -301,11 +305,11 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
 
 
 class Loader:
-    """Batches of (normalised images (B, 1, 28, 28), labels (B,)); with a recipe shuffled and augmented."""
+    """Batches of (normalised images (B, 1, 28, 28), labels (B,)), from bytes; with a recipe shuffled and augmented."""
 
     CHUNK = 2000  # images made ready at a time: enough to amortise the calls, few enough for the cache
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, recipe: Recipe | None = None) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int = 1000, recipe: Recipe | None = None):
         self.images, self.labels, self.batch_size, self.recipe = images, labels, batch_size, recipe
 
     def __len__(self) -> int:
@@ -314,12 +318,12 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         count, device = len(self.images), self.images.device
         order = torch.randperm(count, device=device) if self.recipe else torch.arange(count, device=device)
-        for chunk in order.split(self.batch_size * math.ceil(self.CHUNK / self.batch_size)):  # whole batches
-            images = self.images[chunk].float() / 255
+        for indices in order.split(self.batch_size * math.ceil(self.CHUNK / self.batch_size)):  # whole batches
+            images = self.images[indices].float() / 255
             if self.recipe:
                 images = augment(images, self.recipe)
             images = (images - MEAN) / STD  # after the augmentation, so that background is background
-            yield from zip(images.split(self.batch_size), self.labels[chunk].split(self.batch_size), strict=True)
+            yield from zip(images.split(self.batch_size), self.labels[indices].split(self.batch_size), strict=True)
 
 
 def load_sets(recipe: Recipe, data_dir: Path, device: torch.device) -> tuple[Loader, Loader]:
@@ -327,14 +331,14 @@ def load_sets(recipe: Recipe, data_dir: Path, device: torch.device) -> tuple[Loa
     images, labels = load_mnist(data_dir, True, device)
     kept = len(images) - recipe.holdout
     scored = (images[kept:], labels[kept:]) if recipe.holdout else load_mnist(data_dir, False, device)
-    return Loader(images[:kept], labels[:kept], recipe.batch_size, recipe), Loader(*scored, 1000)
+    return Loader(images[:kept], labels[:kept], recipe.batch_size, recipe), Loader(*scored)
 
 
 # ---------------------------------------------------------------- step
 
 
 class Step:
-    """A network's forward and backward pass, by PyTorch. step.py has the same for CPUs, by step.cpp."""
+    """A network's forward and backward pass, by PyTorch. step.py's CompiledStep has the same methods, by step.cpp."""
 
     def __init__(self, net: Net) -> None:
         self.net = net
@@ -342,7 +346,7 @@ class Step:
             net.to(memory_format=torch.channels_last)
 
     def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch's (mean loss, number right); leaves the gradients in .grad, and moves the running statistics."""
+        """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which were None."""
         log_probabilities = self.net(images)  # (B, 10)
         loss = F.nll_loss(log_probabilities, labels)
         loss.backward()
@@ -355,10 +359,12 @@ class Step:
 
 
 def make_step(net: Net, recipe: Recipe, say: Callable = print) -> Step:
-    """How this machine steps the network: by step.cpp where it can, else by PyTorch, and says why."""
+    """How this machine steps the network: by step.cpp where it can, else by PyTorch; says which."""
     torch.backends.cudnn.deterministic = True  # the same seed gives the same bits on CUDA, too
-    chosen, kind, reason = Step(net), "eager", "" if recipe.compile else " (--no-compile)"
-    if recipe.compile and next(net.parameters()).device.type == "cpu":
+    chosen, kind, reason = Step(net), "eager", ""
+    if not recipe.compile:
+        reason = " (--no-compile)"
+    elif next(net.parameters()).device.type == "cpu":
         try:
             from step import compiled_step
 
@@ -380,10 +386,9 @@ def seed_everything(seed: int, epoch: int) -> None:
 def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int):
     """Adam, and its OneCycleLR schedule over total_steps steps."""
     optimizer = torch.optim.Adam(net.parameters(), recipe.max_lr, weight_decay=recipe.weight_decay, fused=True)
-    cycle = {name: getattr(recipe, name) for name in ("pct_start", "div_factor", "final_div_factor", "cycle_momentum")}
-    if cycle["pct_start"] * total_steps == 1:  # OneCycleLR would divide by zero
-        cycle["pct_start"] = 0.0
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.max_lr, total_steps, **cycle)
+    rise = 0.0 if recipe.pct_start * total_steps == 1 else recipe.pct_start  # OneCycleLR divides by its steps less one
+    cycle = {name: getattr(recipe, name) for name in ("div_factor", "final_div_factor", "cycle_momentum")}
+    return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, pct_start=rise, **cycle)
 
 
 def update(optimizer, scheduler) -> None:
@@ -404,7 +409,7 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
     total_loss = torch.zeros((), device=loader.images.device)
     total_right = torch.zeros((), dtype=torch.int64, device=loader.images.device)
     seen = 0
-    # The bar is shown on a terminal only; the log gets its last state, as one line.
+    # The bar is shown on a terminal only, whatever TQDM_DISABLE says; the log gets its last state, as one line.
     screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with tqdm(total=len(loader), file=screen, leave=False, dynamic_ncols=True, disable=False) as bar:
         for index, (images, labels) in enumerate(loader):
@@ -423,7 +428,7 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
                     where = f"epoch {epoch}, by step {index + 1} of {len(loader)}, learning rate {learning_rate:.3g}"
                     raise Divergence(f"the loss is not finite: {where}; begin anew with a lower --max-lr")
                 bar.set_description_str(f"loss={mean_loss:.4f} batch_id={index}", refresh=False)
-        line = bar.format_meter(**{**bar.format_dict, "ncols": 100, "ascii": False})  # for the log
+        line = bar.format_meter(**(bar.format_dict | {"ncols": 100, "ascii": False}))
     return mean_loss, 100 * total_right.item() / seen, learning_rate, line
 
 
@@ -439,13 +444,13 @@ class Score(NamedTuple):
         return 100 * self.table.trace().item() / len(self.predicted)
 
     def __str__(self) -> str:
-        right = f"{self.table.trace()}/{len(self.predicted)} ({self.accuracy:.2f}%)"
+        right = f"{self.table.trace().item()}/{len(self.predicted)} ({self.accuracy:.2f}%)"
         return f"Average loss: {self.loss:.4f}, Accuracy: {right}"
 
 
 @torch.no_grad()
 def test(step: Step, loader: Loader) -> Score:
-    """Score the network in evaluation mode on every image of the loader."""
+    """Score the network, in evaluation mode, on a loader without a recipe, which keeps the order of its labels."""
     log_probabilities = torch.cat([step.forward(images) for images, _ in loader])  # (N, 10)
     loss, predicted = F.nll_loss(log_probabilities, loader.labels), log_probabilities.argmax(dim=1)
     table = torch.bincount(loader.labels * 10 + predicted, minlength=100).view(10, 10)
@@ -454,6 +459,7 @@ def test(step: Step, loader: Loader) -> Score:
 
 # ---------------------------------------------------------------- a run: its folder, its files, its epochs
 
+# An epoch's numbers; test_ is of the held-out images where there are any, and the learning rate the last.
 HISTORY = "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "seconds"
 
 
@@ -469,7 +475,7 @@ def new_run(out_dir: Path, seed: int) -> Path:
 
 
 def machine(device: torch.device) -> dict[str, str | int | None]:
-    """What a result depends on beside the recipe; the commit is None outside git, and -dirty where files differ."""
+    """What a result depends on besides the recipe; the commit is None outside git, and -dirty where files differ."""
     git, describe = shutil.which("git"), ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     commit = subprocess.run([git, "-C", HERE, *describe], capture_output=True, text=True).stdout.strip() if git else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -488,7 +494,7 @@ def read_checkpoint(run: Path) -> tuple[Recipe, dict]:
             part.load_state_dict(checkpoint[name])
         if net.activation != recipe.activation:
             raise ValueError("the weights have another activation")
-        if any(row.keys() != set(HISTORY) for row in checkpoint["history"]):
+        if any(list(row) != list(HISTORY) for row in checkpoint["history"]):
             raise ValueError("the history has other columns")
         "".join(checkpoint["log"])  # lines of text, or a TypeError
         return recipe, checkpoint
@@ -502,7 +508,7 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     After every epoch checkpoint.pt, history.csv and train.log are written whole; at the end the pictures,
     and last model.pt, which tells that the run is finished. Everything random in epoch k depends on (seed, k) alone.
     """
-    log, history = (checkpoint["log"], checkpoint["history"]) if checkpoint else ([], [])
+    log, history = (list(checkpoint[name]) if checkpoint else [] for name in ("log", "history"))
     device = train_loader.images.device
 
     def say(line: str) -> None:
@@ -533,7 +539,7 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         states = {name: part.state_dict() for name, part in parts.items()}
         save(run / "checkpoint.pt", {"recipe": asdict(recipe), "history": history, "log": log, **states})
         save_tables()
-        print(log[-1], flush=True)  # now that it can be resumed
+        print(log[-1], flush=True)  # the epoch's, now that it can be resumed from
 
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         start = time.perf_counter()
@@ -543,35 +549,35 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         if not math.isfinite(score.loss):
             raise Divergence(f"the loss is not finite after epoch {epoch}; begin anew with a lower --max-lr")
         elapsed = round(time.perf_counter() - start, 2)
-        numbers = epoch, train_loss, train_accuracy, score.loss, score.accuracy, learning_rate, elapsed
-        history.append(dict(zip(HISTORY, numbers, strict=True)))
+        row = epoch, train_loss, train_accuracy, score.loss, score.accuracy, learning_rate, elapsed
+        history.append(dict(zip(HISTORY, row, strict=True)))
         log.append(f"{bar_line}\n\n{'Held-out' if recipe.holdout else 'Test'} set: {score}\n")
         try:
             keep()
-        except KeyboardInterrupt:  # what is being saved is saved, and then it ends
+        except KeyboardInterrupt:  # save it whole, and then end
             keep()
             raise
 
-    score = test(step, test_loader)  # once more, for a run that is resumed behind its last epoch
+    score = test(step, test_loader)  # once more, for a run that is resumed after its last epoch
     minutes, seconds = divmod(round(sum(row["seconds"] for row in history)), 60)
     say(f"Final accuracy: {score.accuracy:.2f}% after {recipe.epochs} epochs in {minutes} min {seconds} s; see {run}")
     save_tables()  # once more, with that line
-    pictures = {}
     try:
         from pictures import draw
 
-        pictures = draw(history, score, test_loader, train_loader, augment)
+        drawn = draw(history, score, test_loader, train_loader, augment)
     except Exception as error:  # no pictures.py beside this file, or matplotlib fails: the result counts more
         print(f"no pictures: {error}", flush=True)
-    for name, picture in pictures.items():
-        save(run / name, picture)
+    else:
+        for name, picture in drawn.items():
+            save(run / name, picture)
     save(run / "model.pt", net.to("cpu", memory_format=torch.contiguous_format).state_dict())
 
 
 def evaluate(weights: Path, data_dir: Path, device: torch.device) -> None:
     """Print the test line, each digit's accuracy and the confusion matrix."""
     net = load_net(weights).to(device)
-    score = test(Step(net), Loader(*load_mnist(data_dir, False, device), 1000))
+    score = test(Step(net), Loader(*load_mnist(data_dir, False, device)))
     print(f"Test set: {score}\n\ndigit  accuracy  read as" + "".join(f"{digit:>6}" for digit in range(10)))
     for digit, row in enumerate(score.table.tolist()):
         print(f"{digit:>5}  {100 * row[digit] / sum(row):7.2f}%         " + "".join(f"{count:>6}" for count in row))
@@ -595,7 +601,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     parser.add_argument("--max-lr", type=float, help=f"learning rate at the cycle's peak (default: {Recipe.max_lr})")
     parser.add_argument("--weight-decay", type=float, help=f"Adam's (default: {Recipe.weight_decay})")
     parser.add_argument("--seed", type=int, help=f"of everything that is random (default: {Recipe.seed})")
-    parser.add_argument("--holdout", type=int, help="training images to leave out, and to score on (default: 0)")
+    parser.add_argument("--holdout", type=int, help=f"training images to score on instead (default: {Recipe.holdout})")
     parser.add_argument("--no-compile", dest="compile", action="store_false", default=None, help="eager steps only")
     parser.add_argument("--recipe", choices=RECIPES, help="values that the flags above change (default: ours)")
     parser.add_argument("--out-dir", type=Path, help="where the run's folder is made (default: runs/)")
@@ -630,7 +636,8 @@ def device_problem(error: Exception, device: str) -> str | None:
     """What to tell of an error with which PyTorch says that the device lacks memory or an operation, or None."""
     text = str(error) or repr(error)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text:
-        return f"{device} is out of memory; try a smaller --batch-size{'' if device == 'cpu' else ', or --device cpu'}"
+        other = "" if device == "cpu" else "; or try --device cpu"
+        return f"{device} is out of memory; a run with a smaller --batch-size needs less{other}"
     if device != "cpu":
         return f"{device} cannot do this ({text.splitlines()[0]}); try --device cpu"
     return None
@@ -679,7 +686,7 @@ def main(argv: list[str] | None = None) -> int:
         run = None if isinstance(failure, Divergence) else run  # to resume it would only end there again
     except OSError as error:
         problem = f"error: {error.filename or 'system'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError, TypeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not (reason := device_problem(error, device_name)):
             raise
         problem = f"error: {reason}"

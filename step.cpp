@@ -272,8 +272,8 @@ static void norm_gradient(Z& z, const Norm<Z>& norm, YGradient&& g, NormGradient
 }
 
 // The gradient of z takes z's place, pixel by pixel, for g reads z at its own place. Given are g(c, h, w), that of
-// y = norm(z), and those of gamma and beta over the
-// batch's n values of a channel. Each z has a hand in all n values of y, by way of their mean and variance:
+// y = norm(z), and those of gamma and beta over the batch's n values of a channel. Each z has a hand in all n values
+// of y, by way of their mean and variance:
 // dz = scale * (g - dbeta / n - (z - mean) * inverse * dgamma / n)
 template <class Z, class YGradient>
 static void norm_backward(Z& z, const Norm<Z>& norm, YGradient&& g, const NormGradient<Z>& gradient, int images) {
@@ -300,8 +300,7 @@ struct Parameters {  // in the order of net.parameters(); a convolution's weight
 };
 
 // What a step finds: floats alone, so that the results of the blocks can be added up as such. The gradients are in the
-// order of the parameters. Those of bias1, 2, 4, 5 and 6 stay 0: the batch normalisation that follows subtracts them
-// again.
+// order of the parameters. Those of bias1, 2, 4, 5 and 6 stay 0: the batch normalisation behind them takes them out.
 struct Result {
     float conv1[90], bias1[10];
     NormGradient<Z1> norm1;
@@ -354,8 +353,7 @@ static void read(const float* pixels, int image, int images, Block& b) {
     });
 }
 
-// From z6 to the log-probabilities, in b.output: norm, activation, global average pooling, the last convolution,
-// log-softmax.
+// From z6 to the log-probabilities, b.output: norm, activation, global average pooling, last convolution, log-softmax.
 static void head(Block& b, const Norm<Z6>& norm6, const Parameters& p) {
     for (int c = 0; c < 40; c++) {
         Vector total = {};
@@ -440,9 +438,8 @@ extern "C" {
 int lanes() { return LANES; }
 
 // Forward, loss and backward of a batch. pixels: (images, 1, 28, 28), labels: (images,), images a multiple of LANES.
-// Leaves the gradients and the loss in `output`, as a Result, and moves the running statistics.
-// Without labels, it is the network in evaluation mode for any number of images, output: (images, 10)
-// log-probabilities.
+// Leaves the gradients and the loss in `output`, as a Result, and moves the running statistics. Without labels, it is
+// the network in evaluation mode, for any number of images; output: (images, 10) log-probabilities.
 void step(const Parameters& p, const Statistics* running, const float* pixels, const int64_t* labels, int images,
           float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
     const int count = (images + LANES - 1) / LANES;

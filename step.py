@@ -22,41 +22,41 @@ SOURCE = Path(__file__).resolve().parent / "step.cpp"
 
 @functools.cache
 def load_library(compiler: str, source: Path, activation: str) -> ctypes.CDLL:
-    """step.cpp, compiled for this processor and an activation. Raises RuntimeError or OSError where that fails."""
+    """step.cpp, compiled for this processor and an activation; raises where that fails."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     # The folder goes at once: a library that is kept would crash on another machine that shares the disk.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = str(Path(folder) / "step.so")
         flags = "-std=c++20", "-O3", native, "-shared", "-fPIC", "-pthread", f"-D{activation.upper()}", str(source)
-        line = [*shlex.split(compiler), *flags, "-o", file]
-        done = subprocess.run(line, capture_output=True, text=True, errors="replace", timeout=300)
+        command = [*shlex.split(compiler), *flags, "-o", file]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise RuntimeError(errors[0] if errors else f"{compiler} failed")
         library = ctypes.CDLL(file)
-    pointer, integer, rate, key = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_uint32
-    library.step.argtypes = *[pointer] * 4, integer, rate, rate, key, key, integer, pointer  # as in step.cpp
+    pointer, int32, float32, uint32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_uint32
+    library.step.argtypes = *[pointer] * 4, int32, float32, float32, uint32, uint32, int32, pointer  # as in step.cpp
     return library
 
 
 class CompiledStep:
-    """A script.Step by step.cpp, for a network on the CPU; batches that it does not take go to the eager step.
+    """A script.Step by step.cpp, for a network on the CPU. Raises where there is no compiler, or another network.
 
-    Raises RuntimeError or OSError where there is no compiler, or the network is another one.
+    It trains on batches of whole vectors, `lanes` images each; others go to the eager step.
     """
 
     def __init__(self, eager) -> None:
         compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
         if not compiler:
             raise RuntimeError("there is no C++ compiler")
-        self.library = load_library(compiler, SOURCE, eager.net.activation)
-        self.lanes = self.library.lanes()
         self.eager, self.net = eager, eager.net
         self.parameters, buffers = list(self.net.parameters()), list(self.net.buffers())
         sizes = [parameter.numel() for parameter in self.parameters]
         if sum(sizes) != 15_440:
             raise RuntimeError("step.cpp is for another network")
-        self.result = torch.zeros(15_440 + 2)  # all gradients, the mean loss, the number right
+        self.library = load_library(compiler, SOURCE, self.net.activation)
+        self.lanes = self.library.lanes()
+        self.result = torch.zeros(sum(sizes) + 2)  # all gradients, the mean loss, the number right
         self.gradients = [  # views of the result, each in its parameter's shape and order of axes
             part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
             for part, parameter in zip(self.result[:-2].split(sizes), self.parameters, strict=True)
@@ -68,7 +68,7 @@ class CompiledStep:
         ]
 
     def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch's (mean loss, number right); leaves the gradients in .grad, and moves the running statistics."""
+        """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which were None."""
         if len(images) % self.lanes:  # an epoch's last batch may be smaller
             return self.eager.forward_backward(images, labels)
         images, labels = images.float().contiguous(), labels.contiguous()
@@ -76,13 +76,13 @@ class CompiledStep:
         dropout = self.net.drop1.p, self.net.drop2.p, *torch.randint(2**32, (2,)).tolist()  # rates, keys of the masks
         self.library.step(*self.pointers, *batch, *dropout, torch.get_num_threads(), self.result.data_ptr())
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient  # anew each time, as zero_grad() takes them away
         return self.result[-2].clone(), self.result[-1].long()
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, 10) of images (B, 1, 28, 28), in evaluation mode."""
         images, output = images.float().contiguous(), torch.empty(len(images), 10)
-        for part, rows in zip(images.split(64), output.split(64), strict=True):  # so many as stay in the cache
+        for part, rows in zip(images.split(64), output.split(64), strict=True):  # 64 at a time stay in the cache
             batch, no_dropout = (part.data_ptr(), None, len(part)), (0.0, 0.0, 0, 0)
             self.library.step(*self.pointers, *batch, *no_dropout, torch.get_num_threads(), rows.data_ptr())
         return output
@@ -90,14 +90,14 @@ class CompiledStep:
 
 def agrees_with_autograd(eager, batch_size: int, seed: int) -> bool:
     """Whether step.cpp finds, in a batch of noise without dropout, what autograd finds in double precision."""
-    eager = copy.deepcopy(eager)
-    eager.net.train()
-    eager.net.drop1.p = eager.net.drop2.p = 0.0
-    exact = copy.deepcopy(eager)
-    exact.net.double()
+    single = copy.deepcopy(eager)
+    single.net.train()
+    single.net.drop1.p = single.net.drop2.p = 0.0
+    double = copy.deepcopy(single)
+    double.net.double()
     images = torch.rand(batch_size, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
     results = []
-    for step, pixels in (CompiledStep(eager), images), (exact, images.double()):
+    for step, pixels in ((CompiledStep(single), images), (double, images.double())):
         loss, _ = step.forward_backward(pixels, torch.arange(batch_size) % 10)
         gradients = [parameter.grad for parameter in step.net.parameters()]
         results.append([loss, *gradients, *step.net.buffers(), step.forward(pixels)])
@@ -106,12 +106,12 @@ def agrees_with_autograd(eager, batch_size: int, seed: int) -> bool:
 
 
 def compiled_step(eager, batch_size: int) -> CompiledStep:
-    """The eager step by step.cpp. Raises RuntimeError or OSError where it cannot be trusted with these batches."""
+    """The eager step by step.cpp; raises where it cannot be trusted with these batches."""
     step = CompiledStep(eager)
     if batch_size % step.lanes or batch_size > 1024:
         raise RuntimeError(f"step.cpp takes batch sizes that are multiples of {step.lanes}, up to 1024")
-    # Rounding may make another pixel win a max-pool, or put one over an activation's edge: in one batch of a hundred a
-    # gradient then differs by some per cent, PyTorch's in single precision too. A wrong step differs in all.
+    # Rounding may make another pixel win a max-pool, or cross an edge of the activation: in one batch of a hundred a
+    # gradient then differs by some per cent, as PyTorch's own in single precision does. A wrong step differs in all.
     if not any(agrees_with_autograd(eager, batch_size, seed) for seed in range(5)):
         raise RuntimeError("step.cpp and autograd differ")
     return step

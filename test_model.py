@@ -932,8 +932,11 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("device", "text", "message"),
     [
-        ("cpu", "", "cpu is out of memory; try a smaller --batch-size"),
-        ("mps", "MPS backend out of memory", "mps is out of memory; try a smaller --batch-size, or --device cpu"),
+        ("cpu", "", "cpu is out of memory; a run with a smaller --batch-size needs less"),
+        (
+            *("mps", "MPS backend out of memory"),
+            "mps is out of memory; a run with a smaller --batch-size needs less; or try --device cpu",
+        ),
         ("mps", "grid_sampler_2d_mps: no\nMore.", "mps cannot do this (grid_sampler_2d_mps: no); try --device cpu"),
     ],
 )
