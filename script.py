@@ -694,6 +694,8 @@ def main(argv: list[str] | None = None) -> int:
         status, problem = interruption.args[0] if interruption.args else 130, "interrupted"
     if run and (run / "checkpoint.pt").exists():
         problem += f"; what was finished is kept: python script.py --resume {shlex.quote(str(run))}"
+        if args.data_dir != HERE / "data":
+            problem += f" --data-dir {shlex.quote(str(args.data_dir))}"
     print(f"script.py: {problem}", file=sys.stderr)
     return status
 

@@ -782,9 +782,11 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path, unbroken, moment)
     ("number", "moment", "kept"), [(signal.SIGINT, "step 15", 1), (signal.SIGTERM, "before checkpoint.pt 2", 2)]
 )
 def test_a_signal_pressed_twice_keeps_the_finished_epochs(tmp_path, unbroken, number, moment, kept):
-    done = in_child(moment, *TWO_EPOCHS, tmp_path / "my runs", number=number)
+    data_dir = HERE / "tests" / ".." / "data"  # not the default, as it is spelled
+    done = in_child(moment, *TWO_EPOCHS, tmp_path / "my runs", "--data-dir", data_dir, number=number)
     run = only_run(tmp_path / "my runs")
-    line = f"script.py: interrupted; what was finished is kept: python script.py --resume '{run}'\n"
+    again = f"python script.py --resume '{run}' --data-dir {data_dir}"
+    line = f"script.py: interrupted; what was finished is kept: {again}\n"
     assert (done.returncode, done.stderr) == (128 + number, line)
     assert len(script.load(run / "checkpoint.pt")["history"]) == kept
     assert in_child("never", "--resume", run).returncode == 0
