@@ -246,5 +246,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    script.hear_signals()
-    sys.exit(main())
+    sys.exit(script.interruptible(main))

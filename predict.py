@@ -28,7 +28,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from pictures import png
-from script import HERE, MEAN, STD, Failure, Net, Parser, hear_signals, load_net, save
+from script import HERE, MEAN, STD, Failure, Net, Parser, interruptible, load_net, save
 
 
 class Box(NamedTuple):
@@ -355,5 +355,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    hear_signals()
-    sys.exit(main())
+    sys.exit(interruptible(main))

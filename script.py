@@ -643,8 +643,8 @@ def device_problem(error: Exception, device: str) -> str | None:
     return None
 
 
-def hear_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the run, which then hears no more of them for ten seconds, so that it can save."""
+def interruptible(main: Callable[[], int]) -> int:
+    """The exit status of main(), which Ctrl-C or SIGTERM ends; others are not heard for ten seconds, so it can save."""
     deaf_until = 0.0
 
     def interrupt(signum: int, _frame) -> None:
@@ -654,9 +654,14 @@ def hear_signals() -> None:
             raise KeyboardInterrupt(128 + signum)  # the exit status
 
     # Where they are not ignored, as the background jobs of a shell ignore Ctrl-C.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, interrupt)
+    try:
+        return main()
+    finally:
+        for number in heard:  # Python's own ending would show a traceback
+            signal.signal(number, signal.SIG_IGN)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -701,5 +706,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    hear_signals()
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -64,7 +64,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     theirs, args.recipe = script.parse_arguments(args.flags)
     if theirs.seed is not None or theirs.resume or theirs.evaluate or theirs.out_dir:
         parser.error("of script.py's flags, only those that make a recipe, --device and --data-dir have a meaning here")
-    args.resume_flags = ["--device", theirs.device, "--data-dir", str(theirs.data_dir)]
+    args.resume_flags = ["--device", theirs.device, f"--data-dir={theirs.data_dir}"]
     args.out_dir = args.out_dir or Path("runs", "-".join(["study", *(re.sub(r"[^\w.]", "", f) for f in args.flags)]))
     return args
 
@@ -87,11 +87,13 @@ def result(run: Path, recipe: script.Recipe) -> Result:
         text = path.read_text(encoding="utf-8")
         rows = list(csv.DictReader(io.StringIO(text)))
         history = np.array([[float(row[name]) for name in names] for row in rows])  # (epochs, 3)
-        if len(rows) != recipe.epochs or not text.endswith("\n") or not np.isfinite(history).all():
+        if len(rows) != recipe.epochs or not text.endswith("\n"):
             raise ValueError("cut")
+        accuracies, losses, seconds = history.T.tolist()
+        if not (np.isfinite(history).all() and 0 <= min(accuracies) <= max(accuracies) <= 100):
+            raise ValueError("altered")
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise script.Failure(f"{path} is missing, cut or damaged; move its folder away to train anew") from error
-    accuracies, losses, seconds = history.T.tolist()
     errors = round((recipe.holdout or 10_000) * (1 - accuracies[-1] / 100))
     return (recipe.seed, f"{accuracies[-1]:.2f}", errors, f"{losses[-1]:.4f}", round(sum(seconds))), accuracies
 
@@ -177,9 +179,9 @@ def study(args: argparse.Namespace, rank: int) -> int:
     if done and rank == 0:
         print(f"{args.out_dir}: {len(done)} of {len(args.seeds)} seeds are finished already", flush=True)
     for seed in shares([seed for seed in args.seeds if seed not in done], begun)[rank]:
-        run, anew = begun[rank].get(seed), [*args.flags, "--seed", str(seed), "--out-dir", str(args.out_dir)]
+        run, anew = begun[rank].get(seed), [*args.flags, "--seed", str(seed), f"--out-dir={args.out_dir}"]
         with contextlib.redirect_stdout(io.StringIO()):  # what it prints is in its train.log
-            status = script.main(["--resume", str(run), *args.resume_flags] if run else anew)
+            status = script.main([f"--resume={run}", *args.resume_flags] if run else anew)
         if status > 128:
             raise KeyboardInterrupt(status)
         if status == 0:
@@ -228,8 +230,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    script.hear_signals()
-    exit_status = main()
+    exit_status = script.interruptible(main)
     if dist.is_torchelastic_launched():  # gloo's threads sometimes abort a Python that is on its way out
         print(end="", flush=True)
         os._exit(exit_status)

@@ -681,6 +681,7 @@ def child(number, moment, *arguments):
     """What a child process runs: main() on 320 images, with a signal, twice, at a moment.
 
     "step 15" is inside the 15th step, "before model.pt 1" where its temporary is whole and not renamed, "after" behind.
+    "end 1" is when main() has returned.
     """
     load = script.load_mnist
     script.load_mnist = lambda *args: tuple(part[:320] for part in load(*args))
@@ -706,8 +707,9 @@ def child(number, moment, *arguments):
     os.replace = struck_rename
     torch.optim.Adam.step = struck_step
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that a shell runs in the background ignores it
-    script.hear_signals()
-    sys.exit(script.main(list(arguments)))
+    status = script.interruptible(lambda: script.main(list(arguments)))
+    strike("end")
+    sys.exit(status)
 
 
 def in_child(moment, *arguments, number=signal.SIGKILL):
@@ -791,6 +793,13 @@ def test_a_signal_pressed_twice_keeps_the_finished_epochs(tmp_path, unbroken, nu
     assert len(script.load(run / "checkpoint.pt")["history"]) == kept
     assert in_child("never", "--resume", run).returncode == 0
     assert_same_end(run, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_all_is_done_is_not_heard(number):
+    done = in_child("end 1", "--evaluate", number=number)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")

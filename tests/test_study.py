@@ -20,8 +20,9 @@ STUDY = "--epochs", "2", "--holdout", "320", "--device", "cpu", "--seeds"
 # Of a finished run of seed 1 that misread 40 of the 320 held-out images at last, and none after its first epoch:
 RECIPE = json.dumps(asdict(script.Recipe(epochs=2, holdout=320, seed=1)))
 HISTORY = ",".join(script.HISTORY) + "\n1,0.1,97.5,0.05,100.0,0.02,12.25\n2,0.1,97.5,0.05,87.5,0.01,12.25\n"
-# Missing, empty, zeros, cut within a number, a column short, a row short, not finite:
-BAD_HISTORIES = None, "", "\0" * 100, HISTORY[:-2], HISTORY[:-12], HISTORY[:-32], HISTORY.replace("12.25", "nan")
+# Missing, empty, zeros, cut within a number, a column short, a row short, not finite, no percentage:
+CUT_HISTORIES = None, "", "\0" * 100, HISTORY[:-2], HISTORY[:-12], HISTORY[:-32]
+BAD_HISTORIES = *CUT_HISTORIES, HISTORY.replace("12.25", "nan"), HISTORY.replace("87.5", "1e9")
 
 
 @pytest.fixture
