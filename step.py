@@ -6,12 +6,14 @@ script.py calls compiled_step() where this file lies beside it, and does without
 import copy
 import ctypes
 import functools
+import importlib
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,7 +31,9 @@ def load_library(compiler: str, source: Path, activation: str) -> ctypes.CDLL:
         file = str(Path(folder) / "step.so")
         flags = "-std=c++20", "-O3", native, "-shared", "-fPIC", "-pthread", f"-D{activation.upper()}", str(source)
         command = [*shlex.split(compiler), *flags, "-o", file]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+        with ThreadPoolExecutor() as pool:
+            pool.submit(importlib.import_module, "torch._dynamo")  # seconds, which the optimizer would wait for later
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise RuntimeError(errors[0] if errors else f"{compiler} failed")
