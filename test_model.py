@@ -446,7 +446,7 @@ def test_the_readme_tells_what_the_reference_run_printed():
 
 @pytest.mark.parametrize(
     ("file", "seeds", "start"),
-    [("study", 20, "**ours**"), ("study-source", 10, "the source's,")],
+    [("study", 20, "**ours**"), ("study-relu", 20, "the former default,"), ("study-source", 10, "the source's,")],
 )
 def test_the_readme_tells_what_the_studies_found(file, seeds, start):
     with open(HERE / "assets" / f"{file}.csv", newline="") as table:
