@@ -84,7 +84,7 @@ class Recipe:
     scale: float = 0.04  # ± share of the image's size
     interpolation: str = "bicubic"  # or bilinear, whose blur the test images do not have, or nearest
     # Choices are made on training images that are held out, never on the test images.
-    holdout: int = 0  # so many images, the training set's last, are not trained but scored on
+    holdout: int = 0  # so many images, the training set's last, are scored on, not trained on
 
     def __post_init__(self) -> None:
         ranges = {"epochs": (1, 1_000_000), "batch_size": (1, 60_000), "seed": (0, 2**63 - 1), "holdout": (0, 59_999)}
@@ -132,7 +132,7 @@ class Net(nn.Module):
 
     def __init__(self, activation: str = Recipe.activation) -> None:
         super().__init__()
-        self.set_extra_state(activation)  # self.activation, checked
+        self.activation = activation
         self.conv1 = nn.Conv2d(1, 10, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(10)
         self.conv2 = nn.Conv2d(10, 20, 3, padding=1)
@@ -169,7 +169,9 @@ class Net(nn.Module):
         return self.activation
 
     def set_extra_state(self, activation: str) -> None:
-        self.activation = Recipe(activation=activation).activation  # or a ValueError
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"there is no activation {activation!r}")
+        self.activation = activation
 
 
 def summary() -> str:
@@ -185,7 +187,7 @@ def summary() -> str:
 def save(path: Path, content: object) -> None:
     """Write a file whole or not at all, or raise Failure: text and bytes as they are, anything else by torch.save."""
     if isinstance(content, str):
-        content = content.encode()
+        content = content.encode(errors="replace")  # a path may have bytes that are no UTF-8
     if not isinstance(content, bytes):
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -243,14 +245,13 @@ MEAN, STD = 0.1307, 0.3081  # of the training images' pixels, scaled to [0, 1]
 def read_archive(archive: Path) -> bytes:
     """What one of MNIST's archives holds; one that is not whole is downloaded first. Raises Failure."""
     wanted = ARCHIVES[archive.name]
-    for source in (archive.absolute().as_uri(), *(mirror + archive.name for mirror in MIRRORS)):
+    for source in (archive, *(mirror + archive.name for mirror in MIRRORS)):
         try:
-            with urllib.request.urlopen(source, timeout=30) as answer:
-                content = answer.read()
+            content = archive.read_bytes() if source is archive else urllib.request.urlopen(source, timeout=30).read()
         except Exception:  # whatever is wrong with this source, the next may be good
             content = b""
         if hashlib.md5(content, usedforsecurity=False).hexdigest() == wanted:
-            if not source.startswith("file:"):
+            if source is not archive:
                 with contextlib.suppress(Failure):  # in a folder that cannot be written
                     save(archive, content)
             return gzip.decompress(content)
@@ -273,7 +274,7 @@ def affine_matrices(rotation: Tensor, affine_rotation: Tensor, shear: Tensor, sc
 
     The image is turned by `rotation`, then sheared along x, scaled, turned by `affine_rotation` and shifted, all about
     its centre. Angles (B,) in degrees, clockwise; shift (B, 2) as a share of the image's side, right and down.
-    Signs and order are those of torchvision.transforms.v2.functional.affine.
+    Signs and order are those of torchvision.transforms.v2.functional.affine. The matrix undoes them, the last first.
     """
 
     def turn_back(degrees: Tensor) -> Tensor:  # (B,) -> (B, 2, 2)
@@ -345,12 +346,12 @@ class Step:
         if next(net.parameters()).device.type == "cpu":  # the order of axes that oneDNN prefers, and step.cpp needs
             net.to(memory_format=torch.channels_last)
 
-    def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which were None."""
+    def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which must be None."""
         log_probabilities = self.net(images)  # (B, 10)
         loss = F.nll_loss(log_probabilities, labels)
         loss.backward()
-        return loss.detach(), (log_probabilities.detach().argmax(dim=1) == labels).sum()
+        return loss.item(), (log_probabilities.argmax(dim=1) == labels).sum().item()
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, 10) of images (B, 1, 28, 28), in evaluation mode."""
@@ -386,7 +387,7 @@ def seed_everything(seed: int, epoch: int) -> None:
 def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int):
     """Adam, and its OneCycleLR schedule over total_steps steps."""
     optimizer = torch.optim.Adam(net.parameters(), recipe.max_lr, weight_decay=recipe.weight_decay, fused=True)
-    rise = 0.0 if recipe.pct_start * total_steps == 1 else recipe.pct_start  # OneCycleLR divides by its steps less one
+    rise = 0.0 if recipe.pct_start * total_steps == 1 else float(recipe.pct_start)  # one step: it would divide by 0
     cycle = {name: getattr(recipe, name) for name in ("div_factor", "final_div_factor", "cycle_momentum")}
     return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, pct_start=rise, **cycle)
 
@@ -406,30 +407,25 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
     Raises Divergence where a loss is not finite.
     """
     step.net.train()
-    total_loss = torch.zeros((), device=loader.images.device)
-    total_right = torch.zeros((), dtype=torch.int64, device=loader.images.device)
-    seen = 0
+    total_loss, total_right, seen = 0.0, 0, 0
     # The bar is shown on a terminal only, whatever TQDM_DISABLE says; the log gets its last state, as one line.
     screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    with tqdm(total=len(loader), file=screen, leave=False, dynamic_ncols=True, disable=False) as bar:
-        for index, (images, labels) in enumerate(loader):
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.zero_grad()
-            loss, right = step.forward_backward(images, labels)
-            update(optimizer, scheduler)
+    bar = tqdm(loader, file=screen, leave=False, dynamic_ncols=True, disable=False)
+    for index, (images, labels) in enumerate(bar):
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.zero_grad()
+        loss, right = step.forward_backward(images, labels)
+        if not math.isfinite(loss):
+            where = f"epoch {epoch}, step {index + 1} of {len(loader)}, learning rate {learning_rate:.3g}"
+            raise Divergence(f"the loss is not finite: {where}; begin anew with a lower --max-lr")
+        update(optimizer, scheduler)
 
-            total_loss += loss * len(labels)
-            total_right += right
-            seen += len(labels)
-            # To read the loss is to wait for the device: so only when the bar is drawn, ten times a second at most.
-            if bar.update() or index == len(loader) - 1:
-                mean_loss = total_loss.item() / seen
-                if not math.isfinite(mean_loss):
-                    where = f"epoch {epoch}, by step {index + 1} of {len(loader)}, learning rate {learning_rate:.3g}"
-                    raise Divergence(f"the loss is not finite: {where}; begin anew with a lower --max-lr")
-                bar.set_description_str(f"loss={mean_loss:.4f} batch_id={index}", refresh=False)
-        line = bar.format_meter(**(bar.format_dict | {"ncols": 100, "ascii": False}))
-    return mean_loss, 100 * total_right.item() / seen, learning_rate, line
+        total_loss += loss * len(labels)
+        total_right += right
+        seen += len(labels)
+        bar.set_description_str(f"loss={total_loss / seen:.4f} batch_id={index}", refresh=False)
+    line = bar.format_meter(**(bar.format_dict | {"ncols": 100, "ascii": False}))
+    return total_loss / seen, 100 * total_right / seen, learning_rate, line
 
 
 class Score(NamedTuple):
@@ -459,7 +455,7 @@ def test(step: Step, loader: Loader) -> Score:
 
 # ---------------------------------------------------------------- a run: its folder, its files, its epochs
 
-# An epoch's numbers; test_ is of the held-out images where there are any, and the learning rate the last.
+# An epoch's numbers; test_ is of the held-out images where there are any, and the learning rate the last step's.
 HISTORY = "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "seconds"
 
 
@@ -508,11 +504,10 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     After every epoch checkpoint.pt, history.csv and train.log are written whole; at the end the pictures,
     and last model.pt, which tells that the run is finished. Everything random in epoch k depends on (seed, k) alone.
     """
-    log, history = (list(checkpoint[name]) if checkpoint else [] for name in ("log", "history"))
+    log, history = (checkpoint["log"], checkpoint["history"]) if checkpoint else ([], [])
     device = train_loader.images.device
 
     def say(line: str) -> None:
-        line = line.encode(errors="replace").decode()  # a path may have bytes that are no UTF-8
         print(line, flush=True)
         log.append(line)
 
@@ -644,7 +639,7 @@ def device_problem(error: Exception, device: str) -> str | None:
 
 
 def interruptible(main: Callable[[], int]) -> int:
-    """The exit status of main(), which Ctrl-C or SIGTERM ends; others are not heard for ten seconds, so it can save."""
+    """The exit status of main(), which Ctrl-C or SIGTERM ends; further ones are not heard for ten seconds: it saves."""
     deaf_until = 0.0
 
     def interrupt(signum: int, _frame) -> None:
@@ -698,9 +693,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         status, problem = interruption.args[0] if interruption.args else 130, "interrupted"
     if run and (run / "checkpoint.pt").exists():
-        problem += f"; what was finished is kept: python script.py --resume {shlex.quote(str(run))}"
+        again = ["python", "script.py", f"--resume={run}", f"--device={args.device}"]
         if args.data_dir != HERE / "data":
-            problem += f" --data-dir {shlex.quote(str(args.data_dir))}"
+            again.append(f"--data-dir={args.data_dir}")
+        problem += f"; what was finished is kept: {shlex.join(again)}"
     print(f"script.py: {problem}", file=sys.stderr)
     return status
 

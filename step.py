@@ -71,8 +71,8 @@ class CompiledStep:
             for tensors in (self.parameters, buffers)
         ]
 
-    def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which were None."""
+    def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which must be None."""
         if len(images) % self.lanes:  # an epoch's last batch may be smaller
             return self.eager.forward_backward(images, labels)
         images, labels = images.float().contiguous(), labels.contiguous()
@@ -81,7 +81,8 @@ class CompiledStep:
         self.library.step(*self.pointers, *batch, *dropout, torch.get_num_threads(), self.result.data_ptr())
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient  # anew each time, as zero_grad() takes them away
-        return self.result[-2].clone(), self.result[-1].long()
+        loss, right = self.result[-2:].tolist()
+        return loss, int(right)
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, 10) of images (B, 1, 28, 28), in evaluation mode."""
@@ -104,7 +105,7 @@ def agrees_with_autograd(eager, batch_size: int, seed: int) -> bool:
     for step, pixels in ((CompiledStep(single), images), (double, images.double())):
         loss, _ = step.forward_backward(pixels, torch.arange(batch_size) % 10)
         gradients = [parameter.grad for parameter in step.net.parameters()]
-        results.append([loss, *gradients, *step.net.buffers(), step.forward(pixels)])
+        results.append([torch.tensor(loss), *gradients, *step.net.buffers(), step.forward(pixels)])
     # Not >, for no comparison with nan is true.
     return all((a - b).abs().max() <= 0.02 * b.abs().max() + 1e-6 for a, b in zip(*results, strict=True))
 

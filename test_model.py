@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -665,7 +666,9 @@ def test_an_empty_data_folder_is_filled_from_the_first_good_mirror(tmp_path, mir
         assert all(line.startswith("data: no good copy at ") for line in told)
 
 
-def test_nothing_but_the_archives_is_believed_or_written(data_dir, test_set):
+def test_nothing_but_the_archives_is_believed_or_written(data_dir, mirrors, test_set):
+    if sys.platform == "linux":  # elsewhere every name is Unicode
+        data_dir = data_dir.rename(data_dir.parent / os.fsdecode(b"caf\xe9"))
     (data_dir / "MNIST" / "processed").mkdir()
     torch.save((torch.zeros(10_000, 28, 28), torch.zeros(10_000)), data_dir / "MNIST" / "processed" / "test.pt")
     (data_dir / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").write_bytes(bytes(10_008))
@@ -787,11 +790,11 @@ def test_a_signal_pressed_twice_keeps_the_finished_epochs(tmp_path, unbroken, nu
     data_dir = HERE / "tests" / ".." / "data"  # not the default, as it is spelled
     done = in_child(moment, *TWO_EPOCHS, tmp_path / "my runs", "--data-dir", data_dir, number=number)
     run = only_run(tmp_path / "my runs")
-    again = f"python script.py --resume '{run}' --data-dir {data_dir}"
+    again = f"python script.py '--resume={run}' --device=cpu --data-dir={data_dir}"
     line = f"script.py: interrupted; what was finished is kept: {again}\n"
     assert (done.returncode, done.stderr) == (128 + number, line)
     assert len(script.load(run / "checkpoint.pt")["history"]) == kept
-    assert in_child("never", "--resume", run).returncode == 0
+    assert in_child("never", *shlex.split(again)[2:]).returncode == 0
     assert_same_end(run, unbroken)
 
 
@@ -895,7 +898,7 @@ def test_a_full_disk_is_named_and_spoils_no_earlier_file(tmp_path, monkeypatch, 
     assert line.startswith(f"cannot write {run / name}: File too large")
     assert {path.name for path in run.iterdir()} == set(calls[:-1])  # no temporary, no part of a file
     if "checkpoint.pt" in calls[:-1]:
-        assert line.endswith(f"python script.py --resume {run}")
+        assert line.endswith(f"python script.py --resume={run} --device=cpu")
         assert len(script.load(run / "checkpoint.pt")["history"]) == calls[:-1].count("checkpoint.pt")
         assert script.main(["--resume", str(run), "--device", "cpu"]) == 0
         assert len(history_of(run)) == 2
@@ -908,8 +911,8 @@ def test_a_full_disk_is_named_and_spoils_no_earlier_file(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "the loss is not finite: epoch 1, by step "),
-        ("--no-compile", "the loss is not finite: epoch 1, by step "),
+        ("", "the loss is not finite: epoch 1, step "),
+        ("--no-compile", "the loss is not finite: epoch 1, step "),
         ("--holdout 900 --batch-size 60", "the loss is not finite after epoch 1; begin anew with a lower --max-lr"),
     ],  # the last has one step, which spoils the weights
 )
@@ -930,8 +933,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(script.Step, "forward_backward", once_nan)
     line = refused(capsys, "--epochs", "2", "--no-compile", "--device", "cpu", "--out-dir", tmp_path)
-    told = re.match(r"the loss is not finite: epoch 2, by step (\d+) of 30, learning rate 0\.0", line)
-    assert 10 <= int(told[1]) <= 30
+    assert re.match(r"the loss is not finite: epoch 2, step 10 of 30, learning rate 0\.0", line)
     assert "--resume" not in line
     assert len(script.load(only_run(tmp_path) / "checkpoint.pt")["history"]) == 1
 

@@ -69,7 +69,7 @@ def test_gradients_and_statistics_are_autograds(test_set, monkeypatch, kind, act
         torch.manual_seed(size)
         found = step.forward_backward(images, labels)
         right = (log_probabilities.argmax(dim=1) == labels).sum().item()
-        assert [value.item() for value in found] == pytest.approx([loss.item(), right], rel=1e-5, abs=1e-6)
+        assert found == pytest.approx((loss.item(), right), rel=1e-5, abs=1e-6)
         for (name, parameter), wanted in zip(net.named_parameters(), exact.parameters(), strict=True):
             if name in ("conv1.bias", "conv2.bias", "conv4.bias", "conv5.bias", "conv6.bias"):
                 assert not parameter.grad.any()  # batch normalisation takes it away again; autograd finds noise
@@ -131,7 +131,7 @@ def test_ten_steps_are_those_of_the_eager_network(test_set):
         optimizer = torch.optim.SGD(net.parameters(), 0.1)  # Adam would blow up what rounding changes
         for _ in range(20):
             optimizer.zero_grad()
-            found.append(step.forward_backward(*batch(test_set))[0].item())
+            found.append(step.forward_backward(*batch(test_set))[0])
             optimizer.step()
     assert losses["compiled"][:10] == pytest.approx(losses["eager"][:10], rel=0.02)
     assert losses["compiled"][-1] < 0.8 * losses["compiled"][0]
