@@ -26,7 +26,6 @@ constexpr int LANES = 16, TILE = 10;  // 32 registers of 16 numbers: the sums of
 #else
 constexpr int LANES = 8, TILE = 5;  // as AVX2's 16 registers of 8 numbers want it: 5 channels x 2 pixels
 #endif
-constexpr int TILE_WIDTH = 2;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Mask __attribute__((vector_size(4 * LANES)));  // of a comparison: in each lane all bits, or none
@@ -42,16 +41,14 @@ static inline float sum(Vector v) {
 template <int CHANNELS, int SIDE>
 struct Maps {
     static constexpr int channels = CHANNELS, side = SIDE, area = SIDE * SIDE;
-    struct {
-        Vector value[SIDE + 2][SIDE + 2];
-        Vector spacer;  // 16 x 16 maps would lie a power of two apart, and push each other out of the cache
-    } channel[CHANNELS];
+    Vector value[CHANNELS][SIDE + 2][SIDE + 3];  // one column is spare: the last tile of an odd row reaches into it
+    float mean[CHANNELS], squares[CHANNELS];  // by measure()
 
-    Vector& operator()(int c, int h, int w) { return channel[c].value[h + 1][w + 1]; }
+    Vector& operator()(int c, int h, int w) { return value[c][h + 1][w + 1]; }
 };
 
 template <class Z, class Work>
-static inline void for_pixels(Work work) {
+static inline void for_pixels(Z&, Work work) {
     for (int h = 0; h < Z::side; h++)
         for (int w = 0; w < Z::side; w++) work(h, w);
 }
@@ -59,68 +56,48 @@ static inline void for_pixels(Work work) {
 template <class Z>
 static inline float channel_sum(Z& z, int c) {
     Vector total = {};
-    for_pixels<Z>([&](int h, int w) { total += z(c, h, w); });
+    for_pixels(z, [&](int h, int w) { total += z(c, h, w); });
     return sum(total);
 }
 
 // ---------------------------------------------------------------- convolution
 
-// A tile of a convolution: TILE channels of `width` neighbours, whose sums stay in registers while all inputs pass by.
-// weight: (in, K, K, out), so that a tile's weights lie side by side. The gradient of a convolution's input is this
-// same convolution with in and out exchanged and the kernel turned by half a turn: PyTorch's (out, K, K, in) has just
-// that order of axes, and the taps are taken from the last to the first.
-template <int K, bool turned, int width, class In, class Out, class Store>
-static inline void convolve_tile(In& x, const float* weight, Out& y, int first, int h, int w, Store store) {
-    Vector total[TILE][width] = {};
-    for (int in = 0; in < In::channels; in++)
-        for (int kh = 0; kh < K; kh++) {
-            const Vector* row = &x(in, h + kh - K / 2, w - K / 2);
-            const float* weights = weight + (in * K + (turned ? K - 1 - kh : kh)) * K * Out::channels + first;
-#pragma GCC unroll 3
-            for (int kw = 0; kw < K; kw++)
-#pragma GCC unroll 10
-                for (int c = 0; c < TILE; c++)
-#pragma GCC unroll 2
-                    for (int p = 0; p < width; p++)
-                        total[c][p] += row[kw + p] * weights[(turned ? K - 1 - kw : kw) * Out::channels + c];
-        }
-#pragma GCC unroll 10
-    for (int c = 0; c < TILE; c++)
-#pragma GCC unroll 2
-        for (int p = 0; p < width; p++) store(y(first + c, h, w + p), total[c][p], first + c);
-}
-
-// Not inlined, or the many variables of step() would push the tile's sums out of the registers.
-template <int K, bool turned, class In, class Out, class Store>
-[[gnu::noinline]] static void convolve(In& x, const float* weight, Out& y, Store store) {
+// y = conv(x). A tile, TILE channels of two neighbours, stays in registers while all inputs pass by; where a row ends
+// with one pixel, the other is dropped. weight: PyTorch's (out, K, K, in). The gradient of a convolution's input is a
+// convolution, too: without a bias, with in and out exchanged and the kernel turned by half a turn.
+// Not inlined, or the many variables of step() would push the sums out of the registers.
+template <int K, bool backward, class In, class Out>
+[[gnu::noinline]] static void convolve(In& x, const float* weight, const float* bias, Out& y) {
     for (int first = 0; first < Out::channels; first += TILE)
-        for (int h = 0; h < Out::side; h++) {
-            for (int w = 0; w + TILE_WIDTH <= Out::side; w += TILE_WIDTH)
-                convolve_tile<K, turned, TILE_WIDTH>(x, weight, y, first, h, w, store);
-            if (Out::side % TILE_WIDTH) convolve_tile<K, turned, 1>(x, weight, y, first, h, Out::side - 1, store);
-        }
+        for (int h = 0; h < Out::side; h++)
+            for (int w = 0; w < Out::side; w += 2) {
+                Vector left[TILE] = {}, right[TILE] = {};
+                for (int in = 0; in < In::channels; in++)
+                    for (int kh = 0; kh < K; kh++)
+#pragma GCC unroll 3
+                        for (int kw = 0; kw < K; kw++) {
+                            const Vector* pixels = &x(in, h + kh - K / 2, w + kw - K / 2);
+                            const int tap = kh * K + kw, turned = K * K - 1 - tap;
+#pragma GCC unroll 10
+                            for (int c = 0; c < TILE; c++) {
+                                const int out = first + c;
+                                const float factor = backward ? weight[(in * K * K + turned) * Out::channels + out]
+                                                              : weight[(out * K * K + tap) * In::channels + in];
+                                left[c] += pixels[0] * factor;
+                                right[c] += pixels[1] * factor;
+                            }
+                        }
+                for (int c = 0; c < TILE; c++) {
+                    const float shift = bias ? bias[first + c] : 0;
+                    y(first + c, h, w) = left[c] + shift;
+                    if (w + 1 < Out::side) y(first + c, h, w + 1) = right[c] + shift;
+                }
+            }
 }
 
-// z = conv(x). weight: (out, K, K, in), bias: (out,)
-template <int K, class In, class Out>
-static void conv(In& x, const float* weight, const float* bias, Out& z) {
-    float in_first[In::channels][K * K][Out::channels];
-    for (int in = 0; in < In::channels; in++)
-        for (int tap = 0; tap < K * K; tap++)
-            for (int c = 0; c < Out::channels; c++)
-                in_first[in][tap][c] = weight[(c * K * K + tap) * In::channels + in];
-    convolve<K, false>(x, in_first[0][0], z, [&](Vector& value, Vector total, int c) { value = total + bias[c]; });
-}
-
-// The gradient of a convolution's input x takes x's place; dz is that of its output.
-template <int K, class Out, class In>
-static void conv_backward(Out& dz, const float* weight, In& x) {
-    convolve<K, true>(dz, weight, x, [](Vector& value, Vector total, int) { value = total; });
-}
-
-// The gradient of the weights, (out, K, K, in): sums of dz times x over pixels and images. One row of K taps of GROUP
-// output channels stays in registers, and a strip of so many rows is taken at a time that dz stays in the nearest
-// cache.
+// The gradient of the weights, (out, K, K, in): sums of dz times x over pixels and images. The K taps of a kernel's row,
+// for GROUP output channels, stay in registers; ROWS rows of the maps are taken at a time, so that dz stays in the
+// nearest cache.
 template <int K, class In, class Out>
 [[gnu::noinline]] static void weight_gradient(In& x, Out& dz, Vector* scratch, float* gradient) {
     constexpr int GROUP = LANES < 16 && Out::channels % 4 == 0 ? 4 : 5, ROWS = Out::side == 28 ? 2 : 7;
@@ -147,29 +124,24 @@ template <int K, class In, class Out>
 
 // ---------------------------------------------------------------- batch normalisation, activation, max-pool, dropout
 
-// Of each channel of a block: the mean of z, and the sum of its squared deviations from that mean.
+// Leaves each channel's mean, and the sum of its squared deviations from that mean, in z.
 template <class Z>
-struct Moments {
-    float mean[Z::channels], squares[Z::channels];
-};
-
-template <class Z>
-static void measure(Z& z, Moments<Z>& moments) {
+static void measure(Z& z) {
     for (int c = 0; c < Z::channels; c++) {
         Vector squares = {};
-        const float mean = moments.mean[c] = channel_sum(z, c) / (Z::area * LANES);
-        for_pixels<Z>([&](int h, int w) { squares += (z(c, h, w) - mean) * (z(c, h, w) - mean); });
-        moments.squares[c] = sum(squares);
+        const float mean = z.mean[c] = channel_sum(z, c) / (Z::area * LANES);
+        for_pixels(z, [&](int h, int w) { squares += (z(c, h, w) - mean) * (z(c, h, w) - mean); });
+        z.squares[c] = sum(squares);
     }
 }
 
 // Of each channel: y = norm(z) = (z - mean) * inverse * gamma + beta = z * scale + shift
-template <class Z>
+template <int CHANNELS>
 struct Norm {
-    float mean[Z::channels], inverse[Z::channels], scale[Z::channels], shift[Z::channels];
+    float mean[CHANNELS], inverse[CHANNELS], scale[CHANNELS], shift[CHANNELS];
 
     Norm(const float* means, const float* variances, const float* gamma, const float* beta) {
-        for (int c = 0; c < Z::channels; c++) {
+        for (int c = 0; c < CHANNELS; c++) {
             mean[c] = means[c];
             inverse[c] = 1 / std::sqrt(variances[c] + 1e-5f);  // nn.BatchNorm2d's eps
             scale[c] = gamma[c] * inverse[c];
@@ -180,24 +152,23 @@ struct Norm {
 };
 
 // The activation, which step.py names to the compiler, and its slope, as PyTorch has it at the edges. What is not a
-// number must stay so, or a diverged run would look like one that learns: so ReLU is not the larger of 0 and y.
+// number must stay so, or a diverged run would look like one that learns: so ReLU is not the larger of 0 and y. (The
+// max-pool may lose one, but then batch normalisation has made it of the whole channel.)
 #if defined HARDSWISH
-static inline Vector activation(Vector y) { return y < -3.0f ? Vector{} : y > 3.0f ? y : y * (y + 3.0f) * (1 / 6.0f); }
-static inline Vector slope(Vector y) {
-    return y <= -3.0f ? Vector{} : y >= 3.0f ? Vector{} + 1.0f : y * (1 / 3.0f) + 0.5f;
-}
+static inline Vector activation(Vector y) { return y < -3.0f ? 0.0f : y > 3.0f ? y : y * (y + 3.0f) * (1 / 6.0f); }
+static inline Vector slope(Vector y) { return y <= -3.0f ? 0.0f : y >= 3.0f ? 1.0f : y * (1 / 3.0f) + 0.5f; }
 #elif defined RELU
-static inline Vector activation(Vector y) { return y < 0.0f ? Vector{} : y; }
-static inline Vector slope(Vector y) { return y > 0.0f ? Vector{} + 1.0f : Vector{}; }
+static inline Vector activation(Vector y) { return y < 0.0f ? 0.0f : y; }
+static inline Vector slope(Vector y) { return y > 0.0f ? 1.0f : 0.0f; }
 #else
 #error "no such activation in step.cpp"
 #endif
 
 // a = activation(norm(z))
 template <class Z>
-static void norm_activation(Z& z, const Norm<Z>& norm, Z& a) {
+static void norm_activation(Z& z, const auto& norm, Z& a) {
     for (int c = 0; c < Z::channels; c++)
-        for_pixels<Z>([&](int h, int w) { a(c, h, w) = activation(norm(c, z(c, h, w))); });
+        for_pixels(z, [&](int h, int w) { a(c, h, w) = activation(norm(c, z(c, h, w))); });
 }
 
 // A value is dropped where a hash of its place in the batch and of a key, drawn anew for each step and layer, is below
@@ -222,47 +193,46 @@ struct Dropout {
 // order and the first of equals, as in PyTorch, or 4 where dropout drops it. The block holds the images from number
 // `image` on, of `images` in the batch.
 template <class Z, class A>
-static void norm_pool(Z& z, const Norm<Z>& norm, A& a, A& winner, const Dropout& dropout, int image, int images) {
-    const Vector zero = {}, one = zero + 1.0f, two = zero + 2.0f, three = zero + 3.0f, none = zero + 4.0f;
+static void norm_pool(Z& z, const auto& norm, A& a, A& winner, const Dropout& dropout, int image, int images) {
     for (int c = 0; c < A::channels; c++)
-        for_pixels<A>([&](int h, int w) {
+        for_pixels(a, [&](int h, int w) {
             const Vector y0 = norm(c, z(c, 2 * h, 2 * w)), y1 = norm(c, z(c, 2 * h, 2 * w + 1));
             const Vector y2 = norm(c, z(c, 2 * h + 1, 2 * w)), y3 = norm(c, z(c, 2 * h + 1, 2 * w + 1));
             const Vector upper = y0 > y1 ? y0 : y1, lower = y2 > y3 ? y2 : y3, most = upper > lower ? upper : lower;
-            const Vector first = y0 == most ? zero : y1 == most ? one : y2 == most ? two : three;
+            const Vector first = y0 == most ? 0.0f : y1 == most ? 1.0f : y2 == most ? 2.0f : 3.0f;
             const Mask keeps = dropout.keeps(((c * A::side + h) * A::side + w) * images + image);
-            winner(c, h, w) = keeps ? first : none;
-            a(c, h, w) = keeps ? activation(most) * dropout.scale : zero;
+            winner(c, h, w) = keeps ? first : 4.0f;
+            a(c, h, w) = keeps ? activation(most) * dropout.scale : 0.0f;
         });
 }
 
 // The gradient of y = norm(z), as a function of the place, given da, that of a = activation(y).
 template <class Z>
-static auto unactivate(Z& da, Z& z, const Norm<Z>& norm) {
+static auto unactivate(Z& da, Z& z, const auto& norm) {
     return [&](int c, int h, int w) { return da(c, h, w) * slope(norm(c, z(c, h, w))); };
 }
 
 // The same, given da, the gradient of a = dropout(activation(pool(y))): all of it is the winner's.
 template <class A, class Z>
-static auto unpool(A& da, A& winner, Z& z, const Norm<Z>& norm, const Dropout& dropout) {
-    return [&](int c, int h, int w) -> Vector {
+static auto unpool(A& da, A& winner, Z& z, const auto& norm, const Dropout& dropout) {
+    return [&](int c, int h, int w) {
         const float place = 2 * (h % 2) + w % 2;
         const Vector gradient = da(c, h / 2, w / 2) * dropout.scale * slope(norm(c, z(c, h, w)));
-        return winner(c, h / 2, w / 2) == place ? gradient : Vector{};
+        return winner(c, h / 2, w / 2) == place ? gradient : 0.0f;
     };
 }
 
-template <class Z>
+template <int CHANNELS>
 struct NormGradient {
-    float gamma[Z::channels], beta[Z::channels];
+    float gamma[CHANNELS], beta[CHANNELS];
 };
 
 // A block's share of the gradients of gamma and beta, given g(c, h, w), the gradient of y = norm(z).
-template <class Z, class YGradient>
-static void norm_gradient(Z& z, const Norm<Z>& norm, YGradient&& g, NormGradient<Z>& gradient) {
+template <class Z>
+static void norm_gradient(Z& z, const auto& norm, const auto& g, auto& gradient) {
     for (int c = 0; c < Z::channels; c++) {
         Vector product = {}, total = {};
-        for_pixels<Z>([&](int h, int w) {
+        for_pixels(z, [&](int h, int w) {
             product += g(c, h, w) * (z(c, h, w) - norm.mean[c]);
             total += g(c, h, w);
         });
@@ -275,23 +245,17 @@ static void norm_gradient(Z& z, const Norm<Z>& norm, YGradient&& g, NormGradient
 // y = norm(z), and those of gamma and beta over the batch's n values of a channel. Each z has a hand in all n values
 // of y, by way of their mean and variance:
 // dz = scale * (g - dbeta / n - (z - mean) * inverse * dgamma / n)
-template <class Z, class YGradient>
-static void norm_backward(Z& z, const Norm<Z>& norm, YGradient&& g, const NormGradient<Z>& gradient, int images) {
+template <class Z>
+static void norm_backward(Z& z, const auto& norm, const auto& g, const auto& gradient, int images) {
     const float n = float(images) * Z::area;
     for (int c = 0; c < Z::channels; c++) {
         const float scale = norm.scale[c], mean = norm.mean[c], offset = -scale * gradient.beta[c] / n;
         const float pull = -scale * norm.inverse[c] * gradient.gamma[c] / n;
-        for_pixels<Z>([&](int h, int w) { z(c, h, w) = scale * g(c, h, w) + pull * (z(c, h, w) - mean) + offset; });
+        for_pixels(z, [&](int h, int w) { z(c, h, w) = scale * g(c, h, w) + pull * (z(c, h, w) - mean) + offset; });
     }
 }
 
 // ---------------------------------------------------------------- the network
-
-using Z1 = Maps<10, 28>;  // the outputs of the convolutions that a batch normalisation follows
-using Z2 = Maps<20, 28>;
-using Z4 = Maps<20, 14>;
-using Z5 = Maps<20, 14>;
-using Z6 = Maps<40, 7>;
 
 struct Parameters {  // in the order of net.parameters(); a convolution's weight is (out, K, K, in)
     const float *conv1, *bias1, *gamma1, *beta1, *conv2, *bias2, *gamma2, *beta2, *conv3, *bias3;
@@ -303,15 +267,15 @@ struct Parameters {  // in the order of net.parameters(); a convolution's weight
 // order of the parameters. Those of bias1, 2, 4, 5 and 6 stay 0: the batch normalisation behind them takes them out.
 struct Result {
     float conv1[90], bias1[10];
-    NormGradient<Z1> norm1;
+    NormGradient<10> norm1;
     float conv2[1800], bias2[20];
-    NormGradient<Z2> norm2;
+    NormGradient<20> norm2;
     float conv3[200], bias3[10], conv4[1800], bias4[20];
-    NormGradient<Z4> norm4;
+    NormGradient<20> norm4;
     float conv5[3600], bias5[20];
-    NormGradient<Z5> norm5;
+    NormGradient<20> norm5;
     float conv6[7200], bias6[40];
-    NormGradient<Z6> norm6;
+    NormGradient<40> norm6;
     float conv7[400], bias7[10];
     float loss, right;  // the mean loss, and how many images were read right
 };
@@ -327,37 +291,31 @@ struct Statistics {  // of a batch normalisation: running_mean, running_var, num
 // to its own gradient.
 struct Block {
     Maps<1, 28> x;
-    Z1 z1, a1;
-    Z2 z2;
+    Maps<10, 28> z1, a1;
+    Maps<20, 28> z2;
     Maps<20, 14> a2, winner2;
     Maps<10, 14> a3;
-    Z4 z4, a4;
-    Z5 z5;
+    Maps<20, 14> z4, a4, z5;
     Maps<20, 7> a5, winner5;
-    Z6 z6;
-    Vector average[40], output[10];  // of global average pooling and of the network, and then their gradients
-    Moments<Z1> moments1;
-    Moments<Z2> moments2;
-    Moments<Z4> moments4;
-    Moments<Z5> moments5;
-    Moments<Z6> moments6;
+    Maps<40, 7> z6;
+    Vector average[40], output[10];  // of global average pooling and of the network; then loss_backward()'s gradients
     Vector scratch[7200];
     Result result;  // this block's share
 };
 
 // pixels: (images, 28, 28). Where fewer than LANES images are left, blank ones fill the block up.
 static void read(const float* pixels, int image, int images, Block& b) {
-    for_pixels<Z1>([&](int h, int w) {
+    for_pixels(b.x, [&](int h, int w) {
         for (int lane = 0; lane < LANES; lane++)
             b.x(0, h, w)[lane] = image + lane < images ? pixels[(image + lane) * 784 + h * 28 + w] : 0;
     });
 }
 
 // From z6 to the log-probabilities, b.output: norm, activation, global average pooling, last convolution, log-softmax.
-static void head(Block& b, const Norm<Z6>& norm6, const Parameters& p) {
+static void head(Block& b, const Norm<40>& norm6, const Parameters& p) {
     for (int c = 0; c < 40; c++) {
         Vector total = {};
-        for_pixels<Z6>([&](int h, int w) { total += activation(norm6(c, b.z6(c, h, w))); });
+        for_pixels(b.z6, [&](int h, int w) { total += activation(norm6(c, b.z6(c, h, w))); });
         b.average[c] = total / 49.0f;
     }
     for (int k = 0; k < 10; k++) {
@@ -395,39 +353,33 @@ static void loss_backward(Block& b, const int64_t* label, int images, const Para
 
 // ---------------------------------------------------------------- the batch
 
-// The i-th block's share of something, given the first block's.
-template <class Share>
-static const Share& share_of(const Share& first, int i) {
-    return *reinterpret_cast<const Share*>(reinterpret_cast<const char*>(&first) + i * sizeof(Block));
-}
-
 // The norm of the whole batch, from the moments of its blocks (Chan, Golub and LeVeque 1979).
 template <class Z>
-static Norm<Z> norm_of_batch(const Moments<Z>& first, int count, const float* gamma, const float* beta,
-                             const Statistics* running) {
+static Norm<Z::channels> norm_of_batch(const Block* blocks, int count, Z Block::*z, const float* gamma,
+                                       const float* beta, const Statistics* running) {
     const float n = Z::area * LANES, all = n * count;  // values of a channel in a block, and in the batch
     float mean[Z::channels] = {}, variance[Z::channels] = {};
     for (int c = 0; c < Z::channels; c++) {
-        for (int i = 0; i < count; i++) mean[c] += share_of(first, i).mean[c] / count;
+        for (int i = 0; i < count; i++) mean[c] += (blocks[i].*z).mean[c] / count;
         for (int i = 0; i < count; i++) {
-            const float distance = share_of(first, i).mean[c] - mean[c];
-            variance[c] += (share_of(first, i).squares[c] + n * distance * distance) / all;
+            const float distance = (blocks[i].*z).mean[c] - mean[c];
+            variance[c] += ((blocks[i].*z).squares[c] + n * distance * distance) / all;
         }
         if (!running) continue;
         running->mean[c] += 0.1f * (mean[c] - running->mean[c]);  // nn.BatchNorm2d's momentum
         running->variance[c] += 0.1f * (variance[c] * all / (all - 1) - running->variance[c]);
     }
     if (running) ++*running->batches;
-    return Norm<Z>(mean, variance, gamma, beta);
+    return Norm<Z::channels>(mean, variance, gamma, beta);
 }
 
-// The sum of all blocks' shares, which are structs of floats.
+// The sum of all blocks' shares of something, a struct of floats, given the first block's: the others' lie behind it.
 template <class Share>
 static Share add_up(const Share& first, int count) {
     Share total = first;
     for (int i = 1; i < count; i++)
-        for (size_t k = 0; k < sizeof(Share) / sizeof(float); k++)
-            reinterpret_cast<float*>(&total)[k] += reinterpret_cast<const float*>(&share_of(first, i))[k];
+        for (size_t k = 0; k < sizeof(Share) / 4; k++)
+            reinterpret_cast<float*>(&total)[k] += reinterpret_cast<const float*>(&first)[i * sizeof(Block) / 4 + k];
     return total;
 }
 
@@ -447,7 +399,7 @@ void step(const Parameters& p, const Statistics* running, const float* pixels, c
     if (int(memory.size()) < count) memory = std::vector<Block>(count);
     Block* const blocks = memory.data();
     const Dropout dropout1(rate1, key1), dropout2(rate2, key2);
-    threads = std::min(threads, count);
+    threads = std::max(1, std::min(threads, count));  // one, for no images at all
     std::barrier barrier(threads);
 
     auto work = [&](int thread) {
@@ -455,54 +407,45 @@ void step(const Parameters& p, const Statistics* running, const float* pixels, c
             for (int i = thread; i < count; i += threads) part(blocks[i], i * LANES);
             barrier.arrive_and_wait();
         };
-        auto norm = [&]<class Z>(const Moments<Z>& moments, const float* gamma, const float* beta, int index) {
-            if (!labels) return Norm<Z>(running[index].mean, running[index].variance, gamma, beta);
-            return norm_of_batch(moments, count, gamma, beta, thread == 0 ? &running[index] : nullptr);
+        // Makes every block's z, waits, and gives the norm of z over the batch. All threads find the same norm.
+        auto norm = [&]<class Z>(Z Block::*z, const float* gamma, const float* beta, const Statistics& old, auto make) {
+            each([&](Block& b, int image) {
+                make(b, image);
+                if (labels) measure(b.*z);
+            });
+            if (!labels) return Norm<Z::channels>(old.mean, old.variance, gamma, beta);
+            return norm_of_batch(blocks, count, z, gamma, beta, thread == 0 ? &old : nullptr);
         };
 
-        each([&](Block& b, int image) {
+        const Norm norm1 = norm(&Block::z1, p.gamma1, p.beta1, running[0], [&](Block& b, int image) {
             read(pixels, image, images, b);
-            conv<3>(b.x, p.conv1, p.bias1, b.z1);
-            measure(b.z1, b.moments1);
+            convolve<3, false>(b.x, p.conv1, p.bias1, b.z1);
         });
-        const Norm norm1 = norm(blocks->moments1, p.gamma1, p.beta1, 0);
-        each([&](Block& b, int) {
+        const Norm norm2 = norm(&Block::z2, p.gamma2, p.beta2, running[1], [&](Block& b, int) {
             norm_activation(b.z1, norm1, b.a1);
-            conv<3>(b.a1, p.conv2, p.bias2, b.z2);
-            measure(b.z2, b.moments2);
+            convolve<3, false>(b.a1, p.conv2, p.bias2, b.z2);
         });
-        const Norm norm2 = norm(blocks->moments2, p.gamma2, p.beta2, 1);
-        each([&](Block& b, int image) {
+        const Norm norm4 = norm(&Block::z4, p.gamma4, p.beta4, running[2], [&](Block& b, int image) {
             norm_pool(b.z2, norm2, b.a2, b.winner2, dropout1, image, images);
-            conv<1>(b.a2, p.conv3, p.bias3, b.a3);
-            conv<3>(b.a3, p.conv4, p.bias4, b.z4);
-            measure(b.z4, b.moments4);
+            convolve<1, false>(b.a2, p.conv3, p.bias3, b.a3);
+            convolve<3, false>(b.a3, p.conv4, p.bias4, b.z4);
         });
-        const Norm norm4 = norm(blocks->moments4, p.gamma4, p.beta4, 2);
-        each([&](Block& b, int) {
+        const Norm norm5 = norm(&Block::z5, p.gamma5, p.beta5, running[3], [&](Block& b, int) {
             norm_activation(b.z4, norm4, b.a4);
-            conv<3>(b.a4, p.conv5, p.bias5, b.z5);
-            measure(b.z5, b.moments5);
+            convolve<3, false>(b.a4, p.conv5, p.bias5, b.z5);
         });
-        const Norm norm5 = norm(blocks->moments5, p.gamma5, p.beta5, 3);
-        each([&](Block& b, int image) {
+        const Norm norm6 = norm(&Block::z6, p.gamma6, p.beta6, running[4], [&](Block& b, int image) {
             norm_pool(b.z5, norm5, b.a5, b.winner5, dropout2, image, images);
-            conv<3>(b.a5, p.conv6, p.bias6, b.z6);
-            measure(b.z6, b.moments6);
+            convolve<3, false>(b.a5, p.conv6, p.bias6, b.z6);
         });
-        const Norm norm6 = norm(blocks->moments6, p.gamma6, p.beta6, 4);
         auto unaverage = [&](Block& b) {  // the gradient of norm6's output, back through average and activation
             return [&](int c, int h, int w) { return b.average[c] * slope(norm6(c, b.z6(c, h, w))); };
         };
         each([&](Block& b, int image) {
             head(b, norm6, p);
-            if (labels) {
-                loss_backward(b, labels + image, images, p);
-                norm_gradient(b.z6, norm6, unaverage(b), b.result.norm6);
-            } else {
-                for (int i = 0; i < std::min(LANES, images - image) * 10; i++)
-                    output[image * 10 + i] = b.output[i % 10][i / 10];
-            }
+            if (!labels) return;
+            loss_backward(b, labels + image, images, p);
+            norm_gradient(b.z6, norm6, unaverage(b), b.result.norm6);
         });
         if (!labels) return;
 
@@ -510,31 +453,31 @@ void step(const Parameters& p, const Statistics* running, const float* pixels, c
         each([&](Block& b, int) {
             norm_backward(b.z6, norm6, unaverage(b), gradient6, images);
             weight_gradient<3>(b.a5, b.z6, b.scratch, b.result.conv6);
-            conv_backward<3>(b.z6, p.conv6, b.a5);
+            convolve<3, true>(b.z6, p.conv6, nullptr, b.a5);
             norm_gradient(b.z5, norm5, unpool(b.a5, b.winner5, b.z5, norm5, dropout2), b.result.norm5);
         });
         const NormGradient gradient5 = add_up(blocks->result.norm5, count);
         each([&](Block& b, int) {
             norm_backward(b.z5, norm5, unpool(b.a5, b.winner5, b.z5, norm5, dropout2), gradient5, images);
             weight_gradient<3>(b.a4, b.z5, b.scratch, b.result.conv5);
-            conv_backward<3>(b.z5, p.conv5, b.a4);
+            convolve<3, true>(b.z5, p.conv5, nullptr, b.a4);
             norm_gradient(b.z4, norm4, unactivate(b.a4, b.z4, norm4), b.result.norm4);
         });
         const NormGradient gradient4 = add_up(blocks->result.norm4, count);
         each([&](Block& b, int) {
             norm_backward(b.z4, norm4, unactivate(b.a4, b.z4, norm4), gradient4, images);
             weight_gradient<3>(b.a3, b.z4, b.scratch, b.result.conv4);
-            conv_backward<3>(b.z4, p.conv4, b.a3);
+            convolve<3, true>(b.z4, p.conv4, nullptr, b.a3);
             weight_gradient<1>(b.a2, b.a3, b.scratch, b.result.conv3);
             for (int c = 0; c < 10; c++) b.result.bias3[c] = channel_sum(b.a3, c);
-            conv_backward<1>(b.a3, p.conv3, b.a2);
+            convolve<1, true>(b.a3, p.conv3, nullptr, b.a2);
             norm_gradient(b.z2, norm2, unpool(b.a2, b.winner2, b.z2, norm2, dropout1), b.result.norm2);
         });
         const NormGradient gradient2 = add_up(blocks->result.norm2, count);
         each([&](Block& b, int) {
             norm_backward(b.z2, norm2, unpool(b.a2, b.winner2, b.z2, norm2, dropout1), gradient2, images);
             weight_gradient<3>(b.a1, b.z2, b.scratch, b.result.conv2);
-            conv_backward<3>(b.z2, p.conv2, b.a1);
+            convolve<3, true>(b.z2, p.conv2, nullptr, b.a1);
             norm_gradient(b.z1, norm1, unactivate(b.a1, b.z1, norm1), b.result.norm1);
         });
         const NormGradient gradient1 = add_up(blocks->result.norm1, count);
@@ -548,5 +491,6 @@ void step(const Parameters& p, const Statistics* running, const float* pixels, c
     work(0);
     for (std::thread& other : others) other.join();
     if (labels) *reinterpret_cast<Result*>(output) = add_up(blocks->result, count);
+    for (int i = 0; !labels && i < images * 10; i++) output[i] = blocks[i / 10 / LANES].output[i % 10][i / 10 % LANES];
 }
 }

@@ -75,7 +75,7 @@ class CompiledStep:
         """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which must be None."""
         if len(images) % self.lanes:  # an epoch's last batch may be smaller
             return self.eager.forward_backward(images, labels)
-        images, labels = images.float().contiguous(), labels.contiguous()
+        images, labels = images.float().contiguous(), labels.long().contiguous()
         batch = images.data_ptr(), labels.data_ptr(), len(images)
         dropout = self.net.drop1.p, self.net.drop2.p, *torch.randint(2**32, (2,)).tolist()  # rates, keys of the masks
         self.library.step(*self.pointers, *batch, *dropout, torch.get_num_threads(), self.result.data_ptr())
