@@ -33,7 +33,9 @@ def load_library(compiler: str, source: Path, activation: str) -> ctypes.CDLL:
         command = [*shlex.split(compiler), *flags, "-o", file]
         with ThreadPoolExecutor() as pool:
             pool.submit(importlib.import_module, "torch._dynamo")  # seconds, which the optimizer would wait for later
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+            # A compiler that is interrupted leaves its temporary files in that folder, too.
+            options = {"env": os.environ | {"TMPDIR": folder}, "timeout": 300}
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise RuntimeError(errors[0] if errors else f"{compiler} failed")
