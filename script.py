@@ -217,6 +217,11 @@ def load(path: Path) -> dict:
         raise Failure(f"{path} is not a checkpoint, or is damaged") from error
 
 
+def is_finite(net: nn.Module) -> bool:
+    """Whether no parameter and no running statistic has overflowed."""
+    return all(values.isfinite().all() for values in (*net.parameters(), *net.buffers()))
+
+
 def load_net(weights: Path) -> Net:
     """The network with the weights of a model.pt, on the CPU, in evaluation mode. Raises Failure."""
     net = Net().eval()
@@ -224,7 +229,7 @@ def load_net(weights: Path) -> Net:
         net.load_state_dict(load(weights))
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise Failure(f"{weights} does not hold the weights of this network") from error
-    if not all(values.isfinite().all() for values in (*net.parameters(), *net.buffers())):
+    if not is_finite(net):
         raise Failure(f"{weights} holds weights that are not finite numbers")
     return net
 
@@ -541,8 +546,8 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         seed_everything(recipe.seed, epoch)
         train_loss, train_accuracy, learning_rate, bar_line = train(step, train_loader, optimizer, scheduler, epoch)
         score = test(step, test_loader)
-        if not math.isfinite(score.loss):
-            raise Divergence(f"the loss is not finite after epoch {epoch}; begin anew with a lower --max-lr")
+        if not (math.isfinite(score.loss) and is_finite(net)):
+            raise Divergence(f"the network is not finite after epoch {epoch}; begin anew with a lower --max-lr")
         elapsed = round(time.perf_counter() - start, 2)
         row = epoch, train_loss, train_accuracy, score.loss, score.accuracy, learning_rate, elapsed
         history.append(dict(zip(HISTORY, row, strict=True)))

@@ -905,15 +905,15 @@ def test_a_full_disk_is_named_and_spoils_no_earlier_file(tmp_path, monkeypatch, 
 
 
 @fault(
-    "a loss that is not finite",
-    "the run stops with epoch, step and learning rate; the last good checkpoint is kept; status 1",
+    "a loss or a weight that is not finite",
+    "the run stops, says where, and the last good checkpoint is kept; status 1",
 )
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("", "the loss is not finite: epoch 1, step "),
         ("--no-compile", "the loss is not finite: epoch 1, step "),
-        ("--holdout 900 --batch-size 60", "the loss is not finite after epoch 1; begin anew with a lower --max-lr"),
+        ("--holdout 900 --batch-size 60", "the network is not finite after epoch 1; begin anew with a lower --max-lr"),
     ],  # the last has one step, which spoils the weights
 )
 def test_a_run_that_diverges_is_stopped(tmp_path, capsys, few_images, arguments, message):
@@ -921,6 +921,18 @@ def test_a_run_that_diverges_is_stopped(tmp_path, capsys, few_images, arguments,
     line = refused(capsys, *flags, "--out-dir", tmp_path)
     assert line.startswith(message)
     assert {path.name for path in only_run(tmp_path).iterdir()} == {"recipe.json"}
+
+
+def test_an_overflow_behind_a_finite_loss_is_a_divergence(tmp_path, monkeypatch, capsys, few_images):
+    train = script.train
+
+    def overflow(step, *args):
+        step.net.norm6.running_var.fill_(math.inf)  # what is divided by it is 0
+        return train(step, *args)
+
+    monkeypatch.setattr(script, "train", overflow)
+    line = refused(capsys, "--epochs", "1", "--no-compile", "--device", "cpu", "--out-dir", tmp_path)
+    assert line == "the network is not finite after epoch 1; begin anew with a lower --max-lr"
 
 
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys, few_images):
