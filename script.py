@@ -132,7 +132,7 @@ class Net(nn.Module):
 
     def __init__(self, activation: str = Recipe.activation) -> None:
         super().__init__()
-        self.activation = activation
+        self.set_extra_state(activation)  # self.activation, checked
         self.conv1 = nn.Conv2d(1, 10, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(10)
         self.conv2 = nn.Conv2d(10, 20, 3, padding=1)
@@ -169,9 +169,7 @@ class Net(nn.Module):
         return self.activation
 
     def set_extra_state(self, activation: str) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"there is no activation {activation!r}")
-        self.activation = activation
+        self.activation = Recipe(activation=activation).activation  # or a ValueError
 
 
 def summary() -> str:

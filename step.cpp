@@ -491,6 +491,7 @@ void step(const Parameters& p, const Statistics* running, const float* pixels, c
     work(0);
     for (std::thread& other : others) other.join();
     if (labels) *reinterpret_cast<Result*>(output) = add_up(blocks->result, count);
-    for (int i = 0; !labels && i < images * 10; i++) output[i] = blocks[i / 10 / LANES].output[i % 10][i / 10 % LANES];
+    else
+        for (int i = 0; i < images * 10; i++) output[i] = blocks[i / 10 / LANES].output[i % 10][i / 10 % LANES];
 }
 }

@@ -34,8 +34,10 @@ def load_library(compiler: str, source: Path, activation: str) -> ctypes.CDLL:
         with ThreadPoolExecutor() as pool:
             pool.submit(importlib.import_module, "torch._dynamo")  # seconds, which the optimizer would wait for later
             # A compiler that is interrupted leaves its temporary files in that folder, too.
-            options = {"env": os.environ | {"TMPDIR": folder}, "timeout": 300}
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", **options)
+            environment = os.environ | {"TMPDIR": folder}
+            done = subprocess.run(
+                command, env=environment, timeout=300, capture_output=True, text=True, errors="replace"
+            )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise RuntimeError(errors[0] if errors else f"{compiler} failed")
