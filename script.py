@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -208,7 +209,10 @@ def save(path: Path, content: object) -> None:
 def load(path: Path) -> dict:
     """Read what torch.save wrote: tensors and plain values only, so that a hostile pickle runs no code."""
     try:
-        return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():  # by checksums, which torch.load does not read
+            raise zipfile.BadZipFile(damaged)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except OSError as error:
         raise Failure(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch.load has no one exception for a file that is not its own

@@ -573,19 +573,27 @@ class Hostile:
         return os.mkdir, ("hostile",)
 
 
+def with_a_bit_changed(file: Path) -> bytes:
+    """The file's bytes with another sign of one number in its largest tensor, or in one beside it."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 // 4 * 4 + 3] ^= 0x80
+    return bytes(content)
+
+
 def test_weights_that_are_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good = HERE / "assets" / "model.pt"
     Path("cut.pt").write_bytes(good.read_bytes()[:5000])
     Path("text.pt").write_text("no weights")
     torch.save(Hostile(), "hostile.pt")
+    Path("bit.pt").write_bytes(with_a_bit_changed(good))
     foreign = {"numbers.pt": {1: 2}, "list.pt": [1, 2], "other.pt": nn.Linear(3, 3).state_dict()}
     foreign["unknown activation.pt"] = script.load(good) | {"_extra_state": ["relu"]}
     nan = {"nan.pt": script.load(good) | {"conv1.bias": torch.full((10,), math.nan)}}
     for name, content in (foreign | nan).items():
         torch.save(content, name)
     messages = {"missing.pt": ": No such file or directory", "nan.pt": " holds weights that are not finite numbers"}
-    messages |= dict.fromkeys(("text.pt", "cut.pt", "hostile.pt"), " is not a checkpoint, or is damaged")
+    messages |= dict.fromkeys(("text.pt", "cut.pt", "bit.pt", "hostile.pt"), " is not a checkpoint, or is damaged")
     messages |= dict.fromkeys(foreign, " does not hold the weights of this network")
     before = sorted(tmp_path.iterdir())
     for name, message in messages.items():
@@ -842,12 +850,13 @@ def test_resuming_takes_no_training_flag(small_run, capsys, flag):
     assert line == f"{flag.split()[0]} is for a new run; --resume does not take it"
 
 
-@fault("a checkpoint that is truncated, foreign or a hostile pickle", "refused, and no code in it runs; status 1")
+@fault("a checkpoint that is cut, altered, foreign or a hostile pickle", "refused, and no code in it runs; status 1")
 def test_checkpoints_that_are_none(small_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ours = script.load(small_run / "checkpoint.pt")
     torch.save(Hostile(), "hostile.pt")
-    damaged = Path("hostile.pt").read_bytes(), (small_run / "checkpoint.pt").read_bytes()[:9000]
+    checkpoint = small_run / "checkpoint.pt"
+    damaged = Path("hostile.pt").read_bytes(), checkpoint.read_bytes()[:9000], with_a_bit_changed(checkpoint)
     foreign = (
         script.load(small_run / "model.pt"),
         [1, 2],
