@@ -574,7 +574,7 @@ class Hostile:
 
 
 def with_a_bit_changed(file: Path) -> bytes:
-    """The file's bytes with another sign of one number in its largest tensor, or in one beside it."""
+    """The file's bytes with the sign turned of a number in its middle, where tensors lie."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2 // 4 * 4 + 3] ^= 0x80
     return bytes(content)
@@ -853,9 +853,9 @@ def test_resuming_takes_no_training_flag(small_run, capsys, flag):
 @fault("a checkpoint that is cut, altered, foreign or a hostile pickle", "refused, and no code in it runs; status 1")
 def test_checkpoints_that_are_none(small_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ours = script.load(small_run / "checkpoint.pt")
-    torch.save(Hostile(), "hostile.pt")
     checkpoint = small_run / "checkpoint.pt"
+    ours = script.load(checkpoint)
+    torch.save(Hostile(), "hostile.pt")
     damaged = Path("hostile.pt").read_bytes(), checkpoint.read_bytes()[:9000], with_a_bit_changed(checkpoint)
     foreign = (
         script.load(small_run / "model.pt"),
