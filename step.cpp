@@ -1,8 +1,8 @@
 // One training step of script.py's network on a processor: forward pass, loss and backward pass, in float32.
 //
-// script.py compiles this file when it starts, checks a batch against autograd, and then calls step() where it would
-// call the network and loss.backward(). step() reads the network's own parameters, and leaves gradients and running
-// statistics where PyTorch would, so that optimizer, schedule and checkpoint see an ordinary network.
+// step.py compiles this file, checks a batch against autograd, and then calls step() where script.py would call the
+// network and loss.backward(). Optimizer, schedule and checkpoint see an ordinary PyTorch network: step() is given its
+// parameters and returns their gradients, in the order of net.parameters(), and moves its running statistics.
 //
 // Layout. Images are taken in blocks of LANES, as many as a vector register holds numbers, and the image is the
 // innermost axis: a Vector is one pixel of LANES images. So all that costs time is plain loops over whole vectors,
@@ -47,14 +47,12 @@ struct Maps {
     Vector& operator()(int c, int h, int w) { return value[c][h + 1][w + 1]; }
 };
 
-template <class Z, class Work>
-static inline void for_pixels(Z&, Work work) {
-    for (int h = 0; h < Z::side; h++)
-        for (int w = 0; w < Z::side; w++) work(h, w);
+static inline void for_pixels(auto& z, auto work) {
+    for (int h = 0; h < z.side; h++)
+        for (int w = 0; w < z.side; w++) work(h, w);
 }
 
-template <class Z>
-static inline float channel_sum(Z& z, int c) {
+static inline float channel_sum(auto& z, int c) {
     Vector total = {};
     for_pixels(z, [&](int h, int w) { total += z(c, h, w); });
     return sum(total);
@@ -62,10 +60,11 @@ static inline float channel_sum(Z& z, int c) {
 
 // ---------------------------------------------------------------- convolution
 
-// y = conv(x). A tile, TILE channels of two neighbours, stays in registers while all inputs pass by; where a row ends
-// with one pixel, the other is dropped. weight: PyTorch's (out, K, K, in). The gradient of a convolution's input is a
-// convolution, too: without a bias, with in and out exchanged and the kernel turned by half a turn.
-// Not inlined, or the many variables of step() would push the sums out of the registers.
+// y = conv(x), with a weight as (out, K, K, in). A tile, TILE channels of two neighbouring pixels, stays in registers
+// while all inputs pass by; where a row ends with one pixel, the other is dropped.
+// backward: x is the gradient of that convolution's output and y that of its input. This is a convolution, too: without
+// a bias, with in and out exchanged in the weight, and with the kernel turned by half a turn.
+// Compiled apart from its callers, whose many variables would push the sums out of the registers.
 template <int K, bool backward, class In, class Out>
 [[gnu::noinline]] static void convolve(In& x, const float* weight, const float* bias, Out& y) {
     for (int first = 0; first < Out::channels; first += TILE)
@@ -95,7 +94,7 @@ template <int K, bool backward, class In, class Out>
             }
 }
 
-// The gradient of the weights, (out, K, K, in): sums of dz times x over pixels and images. The K taps of a kernel's row,
+// The gradient of the weight, (out, K, K, in): sums of dz times x over pixels and images. The K taps of a kernel's row,
 // for GROUP output channels, stay in registers; ROWS rows of the maps are taken at a time, so that dz stays in the
 // nearest cache.
 template <int K, class In, class Out>
@@ -125,11 +124,10 @@ template <int K, class In, class Out>
 // ---------------------------------------------------------------- batch normalisation, activation, max-pool, dropout
 
 // Leaves each channel's mean, and the sum of its squared deviations from that mean, in z.
-template <class Z>
-static void measure(Z& z) {
-    for (int c = 0; c < Z::channels; c++) {
+static void measure(auto& z) {
+    for (int c = 0; c < z.channels; c++) {
         Vector squares = {};
-        const float mean = z.mean[c] = channel_sum(z, c) / (Z::area * LANES);
+        const float mean = z.mean[c] = channel_sum(z, c) / (z.area * LANES);
         for_pixels(z, [&](int h, int w) { squares += (z(c, h, w) - mean) * (z(c, h, w) - mean); });
         z.squares[c] = sum(squares);
     }
@@ -140,12 +138,12 @@ template <int CHANNELS>
 struct Norm {
     float mean[CHANNELS], inverse[CHANNELS], scale[CHANNELS], shift[CHANNELS];
 
-    Norm(const float* means, const float* variances, const float* gamma, const float* beta) {
+    Norm(const float* means, const float* variances, const auto& layer) {
         for (int c = 0; c < CHANNELS; c++) {
             mean[c] = means[c];
             inverse[c] = 1 / std::sqrt(variances[c] + 1e-5f);  // nn.BatchNorm2d's eps
-            scale[c] = gamma[c] * inverse[c];
-            shift[c] = beta[c] - mean[c] * scale[c];
+            scale[c] = layer.gamma[c] * inverse[c];
+            shift[c] = layer.beta[c] - mean[c] * scale[c];
         }
     }
     Vector operator()(int c, Vector z) const { return z * scale[c] + shift[c]; }
@@ -165,19 +163,17 @@ static inline Vector slope(Vector y) { return y > 0.0f ? 1.0f : 0.0f; }
 #endif
 
 // a = activation(norm(z))
-template <class Z>
-static void norm_activation(Z& z, const auto& norm, Z& a) {
-    for (int c = 0; c < Z::channels; c++)
+static void norm_activation(auto& z, const auto& norm, auto& a) {
+    for (int c = 0; c < z.channels; c++)
         for_pixels(z, [&](int h, int w) { a(c, h, w) = activation(norm(c, z(c, h, w))); });
 }
 
 // A value is dropped where a hash of its place in the batch and of a key, drawn anew for each step and layer, is below
 // the threshold. The hash, uniform in 32 bits, is lowbias32 of C. Wellons' hash-prospector.
 struct Dropout {
-    const uint32_t key, threshold;
-    const float scale;  // of what stays
-
-    Dropout(float rate, uint32_t key) : key(key), threshold(rate * 4294967296.0), scale(1 / (1 - rate)) {}
+    float rate;
+    uint32_t key, threshold = rate * 4294967296.0;
+    float scale = 1 / (1 - rate);  // of what stays
 
     Mask keeps(uint32_t place) const {
         Integers hash;
@@ -190,47 +186,37 @@ struct Dropout {
 };
 
 // a = dropout(activation(pool(norm(z)))). winner: which of a window's four values was the largest, 0 to 3 in reading
-// order and the first of equals, as in PyTorch, or 4 where dropout drops it. The block holds the images from number
-// `image` on, of `images` in the batch.
-template <class Z, class A>
-static void norm_pool(Z& z, const auto& norm, A& a, A& winner, const Dropout& dropout, int image, int images) {
-    for (int c = 0; c < A::channels; c++)
+// order and the first of equals, as in PyTorch, or 4, which is none of them, where dropout drops it. The block holds
+// the images from number `image` on, of `images` in the batch.
+static void norm_pool(auto& z, const auto& norm, auto& a, auto& winner, const Dropout& dropout, int image, int images) {
+    for (int c = 0; c < a.channels; c++)
         for_pixels(a, [&](int h, int w) {
             const Vector y0 = norm(c, z(c, 2 * h, 2 * w)), y1 = norm(c, z(c, 2 * h, 2 * w + 1));
             const Vector y2 = norm(c, z(c, 2 * h + 1, 2 * w)), y3 = norm(c, z(c, 2 * h + 1, 2 * w + 1));
             const Vector upper = y0 > y1 ? y0 : y1, lower = y2 > y3 ? y2 : y3, most = upper > lower ? upper : lower;
             const Vector first = y0 == most ? 0.0f : y1 == most ? 1.0f : y2 == most ? 2.0f : 3.0f;
-            const Mask keeps = dropout.keeps(((c * A::side + h) * A::side + w) * images + image);
+            const Mask keeps = dropout.keeps(((c * a.side + h) * a.side + w) * images + image);
             winner(c, h, w) = keeps ? first : 4.0f;
             a(c, h, w) = keeps ? activation(most) * dropout.scale : 0.0f;
         });
 }
 
-// The gradient of y = norm(z), as a function of the place, given da, that of a = activation(y).
-template <class Z>
-static auto unactivate(Z& da, Z& z, const auto& norm) {
+// The gradient of y = norm(z), as a function of the place, given da, that of activation(y).
+static auto unactivate(auto&& da, auto& z, const auto& norm) {
     return [&](int c, int h, int w) { return da(c, h, w) * slope(norm(c, z(c, h, w))); };
 }
 
-// The same, given da, the gradient of a = dropout(activation(pool(y))): all of it is the winner's.
-template <class A, class Z>
-static auto unpool(A& da, A& winner, Z& z, const auto& norm, const Dropout& dropout) {
+// The gradient of u, as a function of the place, given da, that of a = dropout(pool(u)): all of it is the winner's.
+static auto unpool(auto& da, auto& winner, const Dropout& dropout) {
     return [&](int c, int h, int w) {
         const float place = 2 * (h % 2) + w % 2;
-        const Vector gradient = da(c, h / 2, w / 2) * dropout.scale * slope(norm(c, z(c, h, w)));
-        return winner(c, h / 2, w / 2) == place ? gradient : 0.0f;
+        return winner(c, h / 2, w / 2) == place ? da(c, h / 2, w / 2) * dropout.scale : 0.0f;
     };
 }
 
-template <int CHANNELS>
-struct NormGradient {
-    float gamma[CHANNELS], beta[CHANNELS];
-};
-
 // A block's share of the gradients of gamma and beta, given g(c, h, w), the gradient of y = norm(z).
-template <class Z>
-static void norm_gradient(Z& z, const auto& norm, const auto& g, auto& gradient) {
-    for (int c = 0; c < Z::channels; c++) {
+static void norm_gradient(auto& z, const auto& norm, const auto& g, auto& gradient) {
+    for (int c = 0; c < z.channels; c++) {
         Vector product = {}, total = {};
         for_pixels(z, [&](int h, int w) {
             product += g(c, h, w) * (z(c, h, w) - norm.mean[c]);
@@ -241,42 +227,26 @@ static void norm_gradient(Z& z, const auto& norm, const auto& g, auto& gradient)
     }
 }
 
-// The gradient of z takes z's place, pixel by pixel, for g reads z at its own place. Given are g(c, h, w), that of
-// y = norm(z), and those of gamma and beta over the batch's n values of a channel. Each z has a hand in all n values
-// of y, by way of their mean and variance:
-// dz = scale * (g - dbeta / n - (z - mean) * inverse * dgamma / n)
-template <class Z>
-static void norm_backward(Z& z, const auto& norm, const auto& g, const auto& gradient, int images) {
-    const float n = float(images) * Z::area;
-    for (int c = 0; c < Z::channels; c++) {
-        const float scale = norm.scale[c], mean = norm.mean[c], offset = -scale * gradient.beta[c] / n;
-        const float pull = -scale * norm.inverse[c] * gradient.gamma[c] / n;
-        for_pixels(z, [&](int h, int w) { z(c, h, w) = scale * g(c, h, w) + pull * (z(c, h, w) - mean) + offset; });
-    }
-}
-
 // ---------------------------------------------------------------- the network
 
-struct Parameters {  // in the order of net.parameters(); a convolution's weight is (out, K, K, in)
-    const float *conv1, *bias1, *gamma1, *beta1, *conv2, *bias2, *gamma2, *beta2, *conv3, *bias3;
-    const float *conv4, *bias4, *gamma4, *beta4, *conv5, *bias5, *gamma5, *beta5, *conv6, *bias6, *gamma6, *beta6;
-    const float *conv7, *bias7;
+template <int IN, int OUT>
+struct Layer {  // a 3x3 convolution, its weight as (out, 3, 3, in), and the batch normalisation behind it
+    float weight[OUT * 9 * IN], bias[OUT], gamma[OUT], beta[OUT];
 };
 
-// What a step finds: floats alone, so that the results of the blocks can be added up as such. The gradients are in the
-// order of the parameters. Those of bias1, 2, 4, 5 and 6 stay 0: the batch normalisation behind them takes them out.
-struct Result {
-    float conv1[90], bias1[10];
-    NormGradient<10> norm1;
-    float conv2[1800], bias2[20];
-    NormGradient<20> norm2;
-    float conv3[200], bias3[10], conv4[1800], bias4[20];
-    NormGradient<20> norm4;
-    float conv5[3600], bias5[20];
-    NormGradient<20> norm5;
-    float conv6[7200], bias6[40];
-    NormGradient<40> norm6;
+// All parameters, or the gradients of all. A layer's bias has none, and its place stays 0: batch normalisation takes a
+// bias out again.
+struct Network {
+    Layer<1, 10> layer1;
+    Layer<10, 20> layer2;
+    float conv3[200], bias3[10];
+    Layer<10, 20> layer4;
+    Layer<20, 20> layer5;
+    Layer<20, 40> layer6;
     float conv7[400], bias7[10];
+};
+
+struct Result : Network {  // the gradients
     float loss, right;  // the mean loss, and how many images were read right
 };
 
@@ -298,8 +268,8 @@ struct Block {
     Maps<20, 14> z4, a4, z5;
     Maps<20, 7> a5, winner5;
     Maps<40, 7> z6;
-    Vector average[40], output[10];  // of global average pooling and of the network; then loss_backward()'s gradients
-    Vector scratch[7200];
+    Vector average[40], output[10];  // of global average pooling and of the network
+    Vector scratch[7200];  // weight_gradient()'s
     Result result;  // this block's share
 };
 
@@ -312,7 +282,9 @@ static void read(const float* pixels, int image, int images, Block& b) {
 }
 
 // From z6 to the log-probabilities, b.output: norm, activation, global average pooling, last convolution, log-softmax.
-static void head(Block& b, const Norm<40>& norm6, const Parameters& p) {
+// With labels also the loss, and the way back to the average: output gives way to its gradient, and average to that of
+// each value that was averaged.
+static void head(Block& b, const Norm<40>& norm6, const Network& p, const int64_t* label, int images) {
     for (int c = 0; c < 40; c++) {
         Vector total = {};
         for_pixels(b.z6, [&](int h, int w) { total += activation(norm6(c, b.z6(c, h, w))); });
@@ -322,25 +294,19 @@ static void head(Block& b, const Norm<40>& norm6, const Parameters& p) {
         b.output[k] = Vector{} + p.bias7[k];
         for (int c = 0; c < 40; c++) b.output[k] += b.average[c] * p.conv7[k * 40 + c];
     }
-    for (int lane = 0; lane < LANES; lane++) {
-        float most = b.output[0][lane], total = 0;
-        for (int k = 1; k < 10; k++) most = std::max(most, b.output[k][lane]);
-        for (int k = 0; k < 10; k++) total += std::exp(b.output[k][lane] - most);
-        for (int k = 0; k < 10; k++) b.output[k][lane] -= most + std::log(total);
-    }
-}
-
-// The block's loss, and the way back to the average: b.average becomes the gradient of each value that was averaged.
-static void loss_backward(Block& b, const int64_t* label, int images, const Parameters& p) {
     b.result.loss = b.result.right = 0;
     for (int lane = 0; lane < LANES; lane++) {
-        int best = 0;
-        for (int k = 1; k < 10; k++)
-            if (b.output[k][lane] > b.output[best][lane]) best = k;
-        b.result.right += best == label[lane];
-        b.result.loss -= b.output[label[lane]][lane] / images;
-        for (int k = 0; k < 10; k++) b.output[k][lane] = (std::exp(b.output[k][lane]) - (k == label[lane])) / images;
+        float y[10], total = 0;
+        for (int k = 0; k < 10; k++) y[k] = b.output[k][lane];
+        const float most = *std::max_element(y, y + 10);
+        for (int k = 0; k < 10; k++) total += std::exp(y[k] - most);
+        for (int k = 0; k < 10; k++) b.output[k][lane] = y[k] -= most + std::log(total);
+        if (!label) continue;
+        b.result.right += std::max_element(y, y + 10) - y == label[lane];
+        b.result.loss -= y[label[lane]] / images;
+        for (int k = 0; k < 10; k++) b.output[k][lane] = (std::exp(y[k]) - (k == label[lane])) / images;
     }
+    if (!label) return;
     for (int k = 0; k < 10; k++) {
         b.result.bias7[k] = sum(b.output[k]);
         for (int c = 0; c < 40; c++) b.result.conv7[k * 40 + c] = sum(b.output[k] * b.average[c]);
@@ -355,8 +321,8 @@ static void loss_backward(Block& b, const int64_t* label, int images, const Para
 
 // The norm of the whole batch, from the moments of its blocks (Chan, Golub and LeVeque 1979).
 template <class Z>
-static Norm<Z::channels> norm_of_batch(const Block* blocks, int count, Z Block::*z, const float* gamma,
-                                       const float* beta, const Statistics* running) {
+static Norm<Z::channels> norm_of_batch(const Block* blocks, int count, Z Block::*z, const auto& layer,
+                                       const Statistics* running) {
     const float n = Z::area * LANES, all = n * count;  // values of a channel in a block, and in the batch
     float mean[Z::channels] = {}, variance[Z::channels] = {};
     for (int c = 0; c < Z::channels; c++) {
@@ -370,17 +336,25 @@ static Norm<Z::channels> norm_of_batch(const Block* blocks, int count, Z Block::
         running->variance[c] += 0.1f * (variance[c] * all / (all - 1) - running->variance[c]);
     }
     if (running) ++*running->batches;
-    return Norm<Z::channels>(mean, variance, gamma, beta);
+    return Norm<Z::channels>(mean, variance, layer);
 }
 
-// The sum of all blocks' shares of something, a struct of floats, given the first block's: the others' lie behind it.
-template <class Share>
-static Share add_up(const Share& first, int count) {
-    Share total = first;
-    for (int i = 1; i < count; i++)
-        for (size_t k = 0; k < sizeof(Share) / 4; k++)
-            reinterpret_cast<float*>(&total)[k] += reinterpret_cast<const float*>(&first)[i * sizeof(Block) / 4 + k];
-    return total;
+// The gradient of z takes z's place, pixel by pixel, for g reads z at its own place. Given are g(c, h, w), that of
+// y = norm(z), and all blocks' shares of those of gamma and beta. By way of mean and variance, each z has a hand in all
+// n values of y of its channel:
+// dz = scale * (g - dbeta / n - (z - mean) * inverse * dgamma / n)
+static void norm_backward(auto& z, const auto& norm, const auto& g, const Block* blocks, int count, auto layer) {
+    const float n = count * LANES * z.area;
+    for (int c = 0; c < z.channels; c++) {
+        float dgamma = 0, dbeta = 0;
+        for (int i = 0; i < count; i++) {
+            dgamma += (blocks[i].result.*layer).gamma[c];
+            dbeta += (blocks[i].result.*layer).beta[c];
+        }
+        const float scale = norm.scale[c], mean = norm.mean[c];
+        const float pull = -scale * norm.inverse[c] * dgamma / n, offset = -scale * dbeta / n;
+        for_pixels(z, [&](int h, int w) { z(c, h, w) = scale * g(c, h, w) + pull * (z(c, h, w) - mean) + offset; });
+    }
 }
 
 // ---------------------------------------------------------------- what script.py calls
@@ -388,110 +362,90 @@ static Share add_up(const Share& first, int count) {
 extern "C" {
 
 int lanes() { return LANES; }
+int block_floats() { return sizeof(Block) / sizeof(float); }
 
 // Forward, loss and backward of a batch. pixels: (images, 1, 28, 28), labels: (images,), images a multiple of LANES.
-// Leaves the gradients and the loss in `output`, as a Result, and moves the running statistics. Without labels, it is
-// the network in evaluation mode, for any number of images; output: (images, 10) log-probabilities.
-void step(const Parameters& p, const Statistics* running, const float* pixels, const int64_t* labels, int images,
-          float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
+// Leaves a Result in `output`, and moves the running statistics. Without labels, it is the network in evaluation mode,
+// for any number of images; output: (images, 10) log-probabilities. blocks: memory for as many as hold the images, of
+// zeros at the first call, and so the frames stay.
+void step(Block* blocks, const Network& p, const Statistics* running, const float* pixels, const int64_t* labels,
+          int images, float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
     const int count = (images + LANES - 1) / LANES;
-    static thread_local std::vector<Block> memory;  // of zeros at first, and so the frames stay
-    if (int(memory.size()) < count) memory = std::vector<Block>(count);
-    Block* const blocks = memory.data();
-    const Dropout dropout1(rate1, key1), dropout2(rate2, key2);
+    const Dropout dropout1{rate1, key1}, dropout2{rate2, key2};
     threads = std::max(1, std::min(threads, count));  // one, for no images at all
     std::barrier barrier(threads);
 
     auto work = [&](int thread) {
-        auto each = [&](auto part) {  // for each block of this thread; then wait for the others
+        auto each = [&](auto part) {  // for each block of this thread
             for (int i = thread; i < count; i += threads) part(blocks[i], i * LANES);
-            barrier.arrive_and_wait();
         };
-        // Makes every block's z, waits, and gives the norm of z over the batch. All threads find the same norm.
-        auto norm = [&]<class Z>(Z Block::*z, const float* gamma, const float* beta, const Statistics& old, auto make) {
+        // Makes each block's x, and z = conv(x); gives the norm of z over the batch, the same to all threads.
+        auto forward = [&]<class Z>(auto x, Z Block::*z, const auto& layer, const Statistics& old, auto make_x) {
             each([&](Block& b, int image) {
-                make(b, image);
+                make_x(b, image);
+                convolve<3, false>(b.*x, layer.weight, layer.bias, b.*z);
                 if (labels) measure(b.*z);
             });
-            if (!labels) return Norm<Z::channels>(old.mean, old.variance, gamma, beta);
-            return norm_of_batch(blocks, count, z, gamma, beta, thread == 0 ? &old : nullptr);
+            if (!labels) return Norm<Z::channels>(old.mean, old.variance, layer);
+            barrier.arrive_and_wait();
+            return norm_of_batch(blocks, count, z, layer, thread == 0 ? &old : nullptr);
+        };
+        // Given da(b), the gradient of activation(norm(z)): the layer's gradients, and x gives way to its own.
+        auto backward = [&]<class X>(X Block::*x, auto z, auto layer, const auto& norm, auto da) {
+            each([&](Block& b, int) {
+                norm_gradient(b.*z, norm, unactivate(da(b), b.*z, norm), b.result.*layer);
+            });
+            barrier.arrive_and_wait();
+            each([&](Block& b, int) {
+                norm_backward(b.*z, norm, unactivate(da(b), b.*z, norm), blocks, count, layer);
+                weight_gradient<3>(b.*x, b.*z, b.scratch, (b.result.*layer).weight);
+                if constexpr (X::channels > 1) convolve<3, true>(b.*z, (p.*layer).weight, nullptr, b.*x);
+            });
         };
 
-        const Norm norm1 = norm(&Block::z1, p.gamma1, p.beta1, running[0], [&](Block& b, int image) {
+        const Norm norm1 = forward(&Block::x, &Block::z1, p.layer1, running[0], [&](Block& b, int image) {
             read(pixels, image, images, b);
-            convolve<3, false>(b.x, p.conv1, p.bias1, b.z1);
         });
-        const Norm norm2 = norm(&Block::z2, p.gamma2, p.beta2, running[1], [&](Block& b, int) {
+        const Norm norm2 = forward(&Block::a1, &Block::z2, p.layer2, running[1], [&](Block& b, int) {
             norm_activation(b.z1, norm1, b.a1);
-            convolve<3, false>(b.a1, p.conv2, p.bias2, b.z2);
         });
-        const Norm norm4 = norm(&Block::z4, p.gamma4, p.beta4, running[2], [&](Block& b, int image) {
+        const Norm norm4 = forward(&Block::a3, &Block::z4, p.layer4, running[2], [&](Block& b, int image) {
             norm_pool(b.z2, norm2, b.a2, b.winner2, dropout1, image, images);
             convolve<1, false>(b.a2, p.conv3, p.bias3, b.a3);
-            convolve<3, false>(b.a3, p.conv4, p.bias4, b.z4);
         });
-        const Norm norm5 = norm(&Block::z5, p.gamma5, p.beta5, running[3], [&](Block& b, int) {
+        const Norm norm5 = forward(&Block::a4, &Block::z5, p.layer5, running[3], [&](Block& b, int) {
             norm_activation(b.z4, norm4, b.a4);
-            convolve<3, false>(b.a4, p.conv5, p.bias5, b.z5);
         });
-        const Norm norm6 = norm(&Block::z6, p.gamma6, p.beta6, running[4], [&](Block& b, int image) {
+        const Norm norm6 = forward(&Block::a5, &Block::z6, p.layer6, running[4], [&](Block& b, int image) {
             norm_pool(b.z5, norm5, b.a5, b.winner5, dropout2, image, images);
-            convolve<3, false>(b.a5, p.conv6, p.bias6, b.z6);
         });
-        auto unaverage = [&](Block& b) {  // the gradient of norm6's output, back through average and activation
-            return [&](int c, int h, int w) { return b.average[c] * slope(norm6(c, b.z6(c, h, w))); };
-        };
-        each([&](Block& b, int image) {
-            head(b, norm6, p);
-            if (!labels) return;
-            loss_backward(b, labels + image, images, p);
-            norm_gradient(b.z6, norm6, unaverage(b), b.result.norm6);
-        });
+        each([&](Block& b, int image) { head(b, norm6, p, labels ? labels + image : nullptr, images); });
         if (!labels) return;
 
-        const NormGradient gradient6 = add_up(blocks->result.norm6, count);
+        backward(&Block::a5, &Block::z6, &Network::layer6, norm6,
+                 [](Block& b) { return [&](int c, int, int) { return b.average[c]; }; });
+        backward(&Block::a4, &Block::z5, &Network::layer5, norm5,
+                 [&](Block& b) { return unpool(b.a5, b.winner5, dropout2); });
+        backward(&Block::a3, &Block::z4, &Network::layer4, norm4, [](Block& b) -> auto& { return b.a4; });
         each([&](Block& b, int) {
-            norm_backward(b.z6, norm6, unaverage(b), gradient6, images);
-            weight_gradient<3>(b.a5, b.z6, b.scratch, b.result.conv6);
-            convolve<3, true>(b.z6, p.conv6, nullptr, b.a5);
-            norm_gradient(b.z5, norm5, unpool(b.a5, b.winner5, b.z5, norm5, dropout2), b.result.norm5);
-        });
-        const NormGradient gradient5 = add_up(blocks->result.norm5, count);
-        each([&](Block& b, int) {
-            norm_backward(b.z5, norm5, unpool(b.a5, b.winner5, b.z5, norm5, dropout2), gradient5, images);
-            weight_gradient<3>(b.a4, b.z5, b.scratch, b.result.conv5);
-            convolve<3, true>(b.z5, p.conv5, nullptr, b.a4);
-            norm_gradient(b.z4, norm4, unactivate(b.a4, b.z4, norm4), b.result.norm4);
-        });
-        const NormGradient gradient4 = add_up(blocks->result.norm4, count);
-        each([&](Block& b, int) {
-            norm_backward(b.z4, norm4, unactivate(b.a4, b.z4, norm4), gradient4, images);
-            weight_gradient<3>(b.a3, b.z4, b.scratch, b.result.conv4);
-            convolve<3, true>(b.z4, p.conv4, nullptr, b.a3);
             weight_gradient<1>(b.a2, b.a3, b.scratch, b.result.conv3);
             for (int c = 0; c < 10; c++) b.result.bias3[c] = channel_sum(b.a3, c);
             convolve<1, true>(b.a3, p.conv3, nullptr, b.a2);
-            norm_gradient(b.z2, norm2, unpool(b.a2, b.winner2, b.z2, norm2, dropout1), b.result.norm2);
         });
-        const NormGradient gradient2 = add_up(blocks->result.norm2, count);
-        each([&](Block& b, int) {
-            norm_backward(b.z2, norm2, unpool(b.a2, b.winner2, b.z2, norm2, dropout1), gradient2, images);
-            weight_gradient<3>(b.a1, b.z2, b.scratch, b.result.conv2);
-            convolve<3, true>(b.z2, p.conv2, nullptr, b.a1);
-            norm_gradient(b.z1, norm1, unactivate(b.a1, b.z1, norm1), b.result.norm1);
-        });
-        const NormGradient gradient1 = add_up(blocks->result.norm1, count);
-        each([&](Block& b, int) {
-            norm_backward(b.z1, norm1, unactivate(b.a1, b.z1, norm1), gradient1, images);
-            weight_gradient<3>(b.x, b.z1, b.scratch, b.result.conv1);
-        });
+        backward(&Block::a1, &Block::z2, &Network::layer2, norm2,
+                 [&](Block& b) { return unpool(b.a2, b.winner2, dropout1); });
+        backward(&Block::x, &Block::z1, &Network::layer1, norm1, [](Block& b) -> auto& { return b.a1; });
     };
     std::vector<std::thread> others;  // starting them anew takes some 30 microseconds, and leaves nothing behind
     for (int thread = 1; thread < threads; thread++) others.emplace_back(work, thread);
     work(0);
     for (std::thread& other : others) other.join();
-    if (labels) *reinterpret_cast<Result*>(output) = add_up(blocks->result, count);
-    else
+    if (!labels)
         for (int i = 0; i < images * 10; i++) output[i] = blocks[i / 10 / LANES].output[i % 10][i / 10 % LANES];
+    else
+        for (size_t k = 0; k < sizeof(Result) / sizeof(float); k++) {
+            output[k] = 0;
+            for (int i = 0; i < count; i++) output[k] += reinterpret_cast<float*>(&blocks[i].result)[k];
+        }
 }
 }

@@ -7,6 +7,7 @@ import copy
 import ctypes
 import functools
 import importlib
+import math
 import os
 import platform
 import shlex
@@ -43,8 +44,17 @@ def load_library(compiler: str, source: Path, activation: str) -> ctypes.CDLL:
             raise RuntimeError(errors[0] if errors else f"{compiler} failed")
         library = ctypes.CDLL(file)
     pointer, int32, float32, uint32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_uint32
-    library.step.argtypes = *[pointer] * 4, int32, float32, float32, uint32, uint32, int32, pointer  # as in step.cpp
+    library.step.argtypes = *[pointer] * 5, int32, float32, float32, uint32, uint32, int32, pointer  # as in step.cpp
     return library
+
+
+def parts(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Views of a flat tensor, one behind the other, each in the shape and order of axes of one of the tensors."""
+    split = flat.split([tensor.numel() for tensor in tensors])
+    return [
+        part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
+        for part, tensor in zip(split, tensors, strict=True)
+    ]
 
 
 class CompiledStep:
@@ -59,30 +69,37 @@ class CompiledStep:
             raise RuntimeError("there is no C++ compiler")
         self.eager, self.net = eager, eager.net
         self.parameters, buffers = list(self.net.parameters()), list(self.net.buffers())
-        sizes = [parameter.numel() for parameter in self.parameters]
-        if sum(sizes) != 15_440:
+        count = sum(parameter.numel() for parameter in self.parameters)
+        if count != 15_440:
             raise RuntimeError("step.cpp is for another network")
         self.library = load_library(compiler, SOURCE, self.net.activation)
         self.lanes = self.library.lanes()
-        self.result = torch.zeros(sum(sizes) + 2)  # all gradients, the mean loss, the number right
-        self.gradients = [  # views of the result, each in its parameter's shape and order of axes
-            part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
-            for part, parameter in zip(self.result[:-2].split(sizes), self.parameters, strict=True)
-        ]
+        self.result = torch.zeros(count + 2)  # all gradients, the mean loss, the number right
+        self.weights = torch.zeros(count)  # all parameters
+        self.gradients, self.copies = parts(self.result[:-2], self.parameters), parts(self.weights, self.parameters)
         # Into the tensors as they lie: load_state_dict() copies into them, but net.to() may move them.
-        self.pointers = [
-            (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-            for tensors in (self.parameters, buffers)
-        ]
+        self.statistics = (ctypes.c_void_p * len(buffers))(*[buffer.data_ptr() for buffer in buffers])
+        self.blocks = torch.zeros(0)  # step.cpp's memory, which grows with the batch
+
+    @torch.no_grad()
+    def call(self, images: Tensor, labels: Tensor | None, dropout: tuple, output: Tensor) -> None:
+        """step.cpp's step(), which says what it leaves in `output`; dropout: both layers' rates, and keys of masks."""
+        needed = self.library.block_floats() * math.ceil(len(images) / self.lanes)
+        if len(self.blocks) < needed:
+            self.blocks = torch.zeros(needed)
+        for copied, parameter in zip(self.copies, self.parameters, strict=True):
+            copied.copy_(parameter)
+        images = images.float().contiguous()
+        network = self.blocks.data_ptr(), self.weights.data_ptr(), self.statistics
+        batch = images.data_ptr(), None if labels is None else labels.data_ptr(), len(images)
+        self.library.step(*network, *batch, *dropout, torch.get_num_threads(), output.data_ptr())
 
     def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which must be None."""
         if len(images) % self.lanes:  # an epoch's last batch may be smaller
             return self.eager.forward_backward(images, labels)
-        images, labels = images.float().contiguous(), labels.long().contiguous()
-        batch = images.data_ptr(), labels.data_ptr(), len(images)
-        dropout = self.net.drop1.p, self.net.drop2.p, *torch.randint(2**32, (2,)).tolist()  # rates, keys of the masks
-        self.library.step(*self.pointers, *batch, *dropout, torch.get_num_threads(), self.result.data_ptr())
+        keys = torch.randint(2**32, (2,)).tolist()  # of the dropout masks
+        self.call(images, labels.long().contiguous(), (self.net.drop1.p, self.net.drop2.p, *keys), self.result)
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient  # anew each time, as zero_grad() takes them away
         loss, right = self.result[-2:].tolist()
@@ -90,10 +107,9 @@ class CompiledStep:
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, 10) of images (B, 1, 28, 28), in evaluation mode."""
-        images, output = images.float().contiguous(), torch.empty(len(images), 10)
+        output = torch.empty(len(images), 10)
         for part, rows in zip(images.split(64), output.split(64), strict=True):  # 64 at a time stay in the cache
-            batch, no_dropout = (part.data_ptr(), None, len(part)), (0.0, 0.0, 0, 0)
-            self.library.step(*self.pointers, *batch, *no_dropout, torch.get_num_threads(), rows.data_ptr())
+            self.call(part, None, (0.0, 0.0, 0, 0), rows)
         return output
 
 

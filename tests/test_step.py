@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,22 @@ def test_without_a_step_that_can_be_trusted_it_trains_eagerly_and_says_why(tmp_p
     assert said() == "there is no C++ compiler"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="where a process's memory can be limited to what it has")
+def test_memory_that_runs_out_does_not_end_the_process(test_set):
+    import resource  # which Windows has not
+
+    step, (images, labels) = fast.CompiledStep(script.Step(script.Net())), batch(test_set, 1024)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**26, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as error:
+            step.forward_backward(images, labels)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert "out of memory" in script.device_problem(error.value, "cpu")
+
+
 @pytest.mark.slow
 def test_the_script_alone_in_a_folder_trains(tmp_path):
     shutil.copy(HERE / "script.py", tmp_path)
@@ -200,17 +217,18 @@ SANITIZED = """
 #include "step.cpp"
 
 int main() {  // every buffer is as large as it must be, and no larger
-    std::vector<std::vector<float>> tensors;  // the network's parameters, and its buffers
-    for (int size : {SIZES}) tensors.emplace_back(size, 0.1f);
+    std::vector<std::vector<float>> buffers;
+    for (int size : {SIZES}) buffers.emplace_back(size, 0.1f);
     std::vector<float*> pointers;
-    for (auto& tensor : tensors) pointers.push_back(tensor.data());
-    const auto& parameters = reinterpret_cast<const Parameters&>(pointers[0]);
-    const auto running = reinterpret_cast<const Statistics*>(&pointers[24]);
-    std::vector<float> pixels(48 * 784, 0.5f), result(15442), output(37 * 10);
+    for (auto& buffer : buffers) pointers.push_back(buffer.data());
+    const auto running = reinterpret_cast<const Statistics*>(pointers.data());
+    std::vector<float> parameters(15440, 0.1f), pixels(48 * 784, 0.5f), result(15442), output(37 * 10);
+    const auto& network = reinterpret_cast<const Network&>(parameters[0]);
     std::vector<int64_t> labels(48, 9);
+    std::vector<Block> blocks(48 / LANES);
     for (int threads : {1, 2, 5}) {
-        step(parameters, running, pixels.data(), labels.data(), 48, 0.1f, 0.1f, 1, 2, threads, result.data());
-        step(parameters, running, pixels.data(), nullptr, 37, 0, 0, 0, 0, threads, output.data());
+        step(blocks.data(), network, running, pixels.data(), labels.data(), 48, 0.1, 0.1, 1, 2, threads, result.data());
+        step(blocks.data(), network, running, pixels.data(), nullptr, 37, 0, 0, 0, 0, threads, output.data());
     }
     return std::abs(result[15440] - std::log(10.0f)) > 1e-5f;  // the loss, where all weights are equal
 }
@@ -221,8 +239,7 @@ int main() {  // every buffer is as large as it must be, and no larger
 @pytest.mark.parametrize("activation", script.ACTIVATIONS)
 @pytest.mark.parametrize("flag", LANES)
 def test_the_step_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path, flag, activation):
-    net = script.Net()
-    sizes = [tensor.nbytes // 4 for tensor in (*net.parameters(), *net.buffers())]
+    sizes = [buffer.nbytes // 4 for buffer in script.Net().buffers()]
     (tmp_path / "main.cpp").write_text(SANITIZED.replace("SIZES", str(sizes).strip("[]")))
     sanitizers = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
     flags = "-std=c++20", "-O1", "-pthread", "-I", HERE, flag, f"-D{activation.upper()}", *sanitizers
