@@ -133,7 +133,7 @@ class Net(nn.Module):
 
     def __init__(self, activation: str = Recipe.activation) -> None:
         super().__init__()
-        self.set_extra_state(activation)  # self.activation, checked
+        self.activation = Recipe(activation=activation).activation  # or a ValueError
         self.conv1 = nn.Conv2d(1, 10, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(10)
         self.conv2 = nn.Conv2d(10, 20, 3, padding=1)
@@ -165,12 +165,12 @@ class Net(nn.Module):
         x = self.conv7(self.gap(x))  # (B, 10, 1, 1)
         return F.log_softmax(x.flatten(1), dim=1)  # (B, 10)
 
-    # The activation goes with the weights, which mean nothing with another: into state_dict(), and back.
+    # nn.Module's way into state_dict(), and back: the weights mean nothing with another activation.
     def get_extra_state(self) -> str:
         return self.activation
 
     def set_extra_state(self, activation: str) -> None:
-        self.activation = Recipe(activation=activation).activation  # or a ValueError
+        self.activation = Recipe(activation=activation).activation
 
 
 def summary() -> str:
@@ -262,7 +262,7 @@ def read_archive(archive: Path) -> bytes:
                 with contextlib.suppress(Failure):  # in a folder that cannot be written
                     save(archive, content)
             return gzip.decompress(content)
-        print(f"data: no good copy at {source}", flush=True)
+        print(f"data: no good copy at {source}")
     raise Failure(f"{archive} is missing or damaged and cannot be downloaded; put a good copy there (md5 {wanted})")
 
 
@@ -337,9 +337,9 @@ class Loader:
 def load_sets(recipe: Recipe, data_dir: Path, device: torch.device) -> tuple[Loader, Loader]:
     """Loaders of the training images and of those that are scored: the test images, or the held-out ones."""
     images, labels = load_mnist(data_dir, True, device)
-    kept = len(images) - recipe.holdout
-    scored = (images[kept:], labels[kept:]) if recipe.holdout else load_mnist(data_dir, False, device)
-    return Loader(images[:kept], labels[:kept], recipe.batch_size, recipe), Loader(*scored)
+    count = len(images) - recipe.holdout
+    scored = (images[count:], labels[count:]) if recipe.holdout else load_mnist(data_dir, False, device)
+    return Loader(images[:count], labels[:count], recipe.batch_size, recipe), Loader(*scored)
 
 
 # ---------------------------------------------------------------- step
@@ -369,10 +369,8 @@ class Step:
 def make_step(net: Net, recipe: Recipe, say: Callable = print) -> Step:
     """How this machine steps the network: by step.cpp where it can, else by PyTorch; says which."""
     torch.backends.cudnn.deterministic = True  # the same seed gives the same bits on CUDA, too
-    chosen, kind, reason = Step(net), "eager", ""
-    if not recipe.compile:
-        reason = " (--no-compile)"
-    elif next(net.parameters()).device.type == "cpu":
+    chosen, kind, reason = Step(net), "eager", "" if recipe.compile else " (--no-compile)"
+    if recipe.compile and next(net.parameters()).device.type == "cpu":
         try:
             from step import compiled_step
 
@@ -394,7 +392,7 @@ def seed_everything(seed: int, epoch: int) -> None:
 def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int):
     """Adam, and its OneCycleLR schedule over total_steps steps."""
     optimizer = torch.optim.Adam(net.parameters(), recipe.max_lr, weight_decay=recipe.weight_decay, fused=True)
-    rise = 0.0 if recipe.pct_start * total_steps == 1 else float(recipe.pct_start)  # one step: it would divide by 0
+    rise = 0.0 if recipe.pct_start * total_steps == 1 else float(recipe.pct_start)  # OneCycleLR divides by steps - 1
     cycle = {name: getattr(recipe, name) for name in ("div_factor", "final_div_factor", "cycle_momentum")}
     return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, pct_start=rise, **cycle)
 
@@ -447,8 +445,8 @@ class Score(NamedTuple):
         return 100 * self.table.trace().item() / len(self.predicted)
 
     def __str__(self) -> str:
-        right = f"{self.table.trace().item()}/{len(self.predicted)} ({self.accuracy:.2f}%)"
-        return f"Average loss: {self.loss:.4f}, Accuracy: {right}"
+        right, count = self.table.trace().item(), len(self.predicted)
+        return f"Average loss: {self.loss:.4f}, Accuracy: {right}/{count} ({self.accuracy:.2f}%)"
 
 
 @torch.no_grad()
@@ -492,16 +490,14 @@ def read_checkpoint(run: Path) -> tuple[Recipe, dict]:
     checkpoint = load(path)
     try:
         recipe, net = Recipe(**checkpoint["recipe"]), Net()
-        optimizer, scheduler = make_optimizer(net, recipe, total_steps=1)
+        optimizer, scheduler = make_optimizer(net, recipe, total_steps=1)  # replaced by the checkpoint's
         for name, part in (("model", net), ("optimizer", optimizer), ("scheduler", scheduler)):
             part.load_state_dict(checkpoint[name])
-        if net.activation != recipe.activation:
-            raise ValueError("the weights have another activation")
-        if any(list(row) != list(HISTORY) for row in checkpoint["history"]):
-            raise ValueError("the history has other columns")
+        if net.activation != recipe.activation or any(tuple(row) != HISTORY for row in checkpoint["history"]):
+            raise ValueError
         "".join(checkpoint["log"])  # lines of text, or a TypeError
         return recipe, checkpoint
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever it is that does not fit
         raise Failure(f"{path} was not made by this script.py") from error
 
 
@@ -509,13 +505,13 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     """Train by the recipe into the folder run, from a checkpoint of it where there is one. Raises Failure.
 
     After every epoch checkpoint.pt, history.csv and train.log are written whole; at the end the pictures,
-    and last model.pt, which tells that the run is finished. Everything random in epoch k depends on (seed, k) alone.
+    and last model.pt, which tells that the run is finished.
     """
     log, history = (checkpoint["log"], checkpoint["history"]) if checkpoint else ([], [])
     device = train_loader.images.device
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        print(line)
         log.append(line)
 
     if checkpoint:
@@ -525,7 +521,7 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         say(f"{summary()}\ndevice: {device.type}; torch {torch.__version__}\nseed: {recipe.seed}")
     seed_everything(recipe.seed, 0)
     net = Net(recipe.activation).to(device)
-    step = make_step(net, recipe, say)
+    step = make_step(net, recipe, say)  # before the checkpoint's weights are loaded: they must not decide which
     optimizer, scheduler = make_optimizer(net, recipe, recipe.epochs * len(train_loader))
     parts = {"model": net, "optimizer": optimizer, "scheduler": scheduler}
     if checkpoint:
@@ -541,7 +537,7 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         states = {name: part.state_dict() for name, part in parts.items()}
         save(run / "checkpoint.pt", {"recipe": asdict(recipe), "history": history, "log": log, **states})
         save_tables()
-        print(log[-1], flush=True)  # the epoch's, now that it can be resumed from
+        print(log[-1])  # the epoch's, now that it can be resumed from
 
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         start = time.perf_counter()
@@ -567,12 +563,12 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     try:
         from pictures import draw
 
-        drawn = draw(history, score, test_loader, train_loader, augment)
+        pictures = draw(history, score, test_loader, train_loader, augment)
     except Exception as error:  # no pictures.py beside this file, or matplotlib fails: the result counts more
-        print(f"no pictures: {error}", flush=True)
-    else:
-        for name, picture in drawn.items():
-            save(run / name, picture)
+        print(f"no pictures: {error}")
+        pictures = {}
+    for name, picture in pictures.items():
+        save(run / name, picture)
     save(run / "model.pt", net.to("cpu", memory_format=torch.contiguous_format).state_dict())
 
 
@@ -597,6 +593,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
     """The arguments, and the recipe that they make; exits with 2 on bad usage."""
+    able = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    devices = [device for device in able if able[device]]
     parser = Parser("script.py", description="Train a 15,440-parameter CNN on MNIST past 99.4 %, or score its weights.")
     parser.add_argument("--epochs", type=int, help=f"number of epochs (default: {Recipe.epochs})")
     parser.add_argument("--batch-size", type=int, help=f"images in a step (default: {Recipe.batch_size})")
@@ -607,7 +605,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     parser.add_argument("--no-compile", dest="compile", action="store_false", default=None, help="eager steps only")
     parser.add_argument("--recipe", choices=RECIPES, help="values that the flags above change (default: ours)")
     parser.add_argument("--out-dir", type=Path, help="where the run's folder is made (default: runs/)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
     parser.add_argument("--data-dir", type=Path, default=HERE / "data", help="default: data/ beside script.py")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", type=Path, metavar="RUN", help="go on with the interrupted run in this folder")
@@ -625,12 +623,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
         recipe = replace(RECIPES[args.recipe or "ours"], **given)
     except ValueError as error:  # it begins with the field's name
         parser.error("--" + str(error).replace("_", "-"))
-
-    able = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if args.device == "auto":
-        args.device = next(device for device in able if able[device])
-    if not able[args.device]:
-        parser.error(f"--device {args.device}: there is none here that this torch can use")
     return args, recipe
 
 
@@ -645,8 +637,8 @@ def device_problem(error: Exception, device: str) -> str | None:
     return None
 
 
-def interruptible(main: Callable[[], int]) -> int:
-    """The exit status of main(), which Ctrl-C or SIGTERM ends; further ones are not heard for ten seconds: it saves."""
+def interruptible(work: Callable[[], int]) -> int:
+    """The exit status of work(), which Ctrl-C or SIGTERM ends; further ones are not heard for ten seconds: it saves."""
     deaf_until = 0.0
 
     def interrupt(signum: int, _frame) -> None:
@@ -660,7 +652,7 @@ def interruptible(main: Callable[[], int]) -> int:
     for number in heard:
         signal.signal(number, interrupt)
     try:
-        return main()
+        return work()
     finally:
         for number in heard:  # Python's own ending would show a traceback
             signal.signal(number, signal.SIG_IGN)
@@ -672,19 +664,19 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a console that cannot print the bar's blocks gets ?
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    device_name, run, checkpoint, status = "cpu", None, None, 1
+    run, checkpoint, status = None, None, 1
     try:
         args, recipe = parse_arguments(argv)
-        device_name = args.device
+        device = torch.device(args.device)
         if args.evaluate:
-            evaluate(args.evaluate, args.data_dir, torch.device(device_name))
+            evaluate(args.evaluate, args.data_dir, device)
             return 0
         if args.resume:
             recipe, checkpoint = read_checkpoint(args.resume)
             if (args.resume / "model.pt").exists():
                 print(f"{args.resume} is finished: {recipe.epochs} epochs; nothing to do")
                 return 0
-        loaders = load_sets(recipe, args.data_dir, torch.device(device_name))
+        loaders = load_sets(recipe, args.data_dir, device)
         run = args.resume or new_run(args.out_dir or Path("runs"), recipe.seed)
         fit(recipe, run, *loaders, checkpoint)
         return 0
@@ -694,7 +686,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         problem = f"error: {error.filename or 'system'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
-        if not (reason := device_problem(error, device_name)):
+        if not (reason := device_problem(error, args.device)):
             raise
         problem = f"error: {reason}"
     except KeyboardInterrupt as interruption:

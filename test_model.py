@@ -541,8 +541,8 @@ def refused(capsys, *arguments, status=1):
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--evaluate --resume run", "argument --resume: not allowed with argument --evaluate"),
         ("--evaluate --seed 3", "--seed is for a new run; --evaluate does not take it"),
-        ("--device cuda", "--device cuda: there is none here that this torch can use"),
-        ("--device mps", "--device mps: there is none here that this torch can use"),
+        ("--device cuda", "argument --device: invalid choice: 'cuda' (choose from "),
+        ("--device mps", "argument --device: invalid choice: 'mps' (choose from "),
     ],
 )
 def test_bad_usage(tmp_path, monkeypatch, capsys, arguments, message):
