@@ -357,7 +357,7 @@ static void norm_backward(auto& z, const auto& norm, const auto& g, const Block*
     }
 }
 
-// ---------------------------------------------------------------- what script.py calls
+// ---------------------------------------------------------------- what step.py calls
 
 extern "C" {
 
