@@ -7,7 +7,7 @@
 // Layout. Images are taken in blocks of LANES, as many as a vector register holds numbers, and the image is the
 // innermost axis: a Vector is one pixel of LANES images. So all that costs time is plain loops over whole vectors,
 // whatever a map's size. A block's maps lie as [channel][row][column] in a frame of zeros, which is the convolutions'
-// padding: no loop asks whether it stands at the edge.
+// padding: a convolution reads its inputs without asking whether it stands at the edge.
 //
 // Threads. A thread takes whole blocks through all layers. Blocks meet only where batch normalisation needs sums over
 // the batch, five times on the way forward and five on the way back. Every sum is taken within a block and then over
@@ -87,9 +87,9 @@ template <int K, bool backward, class In, class Out>
                             }
                         }
                 for (int c = 0; c < TILE; c++) {
-                    const float shift = bias ? bias[first + c] : 0;
-                    y(first + c, h, w) = left[c] + shift;
-                    if (w + 1 < Out::side) y(first + c, h, w + 1) = right[c] + shift;
+                    const float b = bias ? bias[first + c] : 0;
+                    y(first + c, h, w) = left[c] + b;
+                    if (w + 1 < Out::side) y(first + c, h, w + 1) = right[c] + b;
                 }
             }
 }
@@ -168,16 +168,16 @@ static void norm_activation(auto& z, const auto& norm, auto& a) {
         for_pixels(z, [&](int h, int w) { a(c, h, w) = activation(norm(c, z(c, h, w))); });
 }
 
-// A value is dropped where a hash of its place in the batch and of a key, drawn anew for each step and layer, is below
+// A value is dropped where a hash of its index in the batch and of a key, drawn anew for each step and layer, is below
 // the threshold. The hash, uniform in 32 bits, is lowbias32 of C. Wellons' hash-prospector.
 struct Dropout {
     float rate;
     uint32_t key, threshold = rate * 4294967296.0;
     float scale = 1 / (1 - rate);  // of what stays
 
-    Mask keeps(uint32_t place) const {
+    Mask keeps(uint32_t index) const {
         Integers hash;
-        for (int lane = 0; lane < LANES; lane++) hash[lane] = place + lane;
+        for (int lane = 0; lane < LANES; lane++) hash[lane] = index + lane;
         hash = (hash * 0x9E3779B9u) ^ key;
         hash = (hash ^ (hash >> 16)) * 0x7FEB352Du;
         hash = (hash ^ (hash >> 15)) * 0x846CA68Bu;
@@ -187,30 +187,31 @@ struct Dropout {
 
 // a = dropout(activation(pool(norm(z)))). winner: which of a window's four values was the largest, 0 to 3 in reading
 // order and the first of equals, as in PyTorch, or 4, which is none of them, where dropout drops it. The block holds
-// the images from number `image` on, of `images` in the batch.
-static void norm_pool(auto& z, const auto& norm, auto& a, auto& winner, const Dropout& dropout, int image, int images) {
+// the batch's images from number `image` on.
+static void norm_pool(auto& z, const auto& norm, auto& a, auto& winner, const Dropout& dropout, int image, int batch) {
     for (int c = 0; c < a.channels; c++)
         for_pixels(a, [&](int h, int w) {
             const Vector y0 = norm(c, z(c, 2 * h, 2 * w)), y1 = norm(c, z(c, 2 * h, 2 * w + 1));
             const Vector y2 = norm(c, z(c, 2 * h + 1, 2 * w)), y3 = norm(c, z(c, 2 * h + 1, 2 * w + 1));
-            const Vector upper = y0 > y1 ? y0 : y1, lower = y2 > y3 ? y2 : y3, most = upper > lower ? upper : lower;
-            const Vector first = y0 == most ? 0.0f : y1 == most ? 1.0f : y2 == most ? 2.0f : 3.0f;
-            const Mask keeps = dropout.keeps(((c * a.side + h) * a.side + w) * images + image);
-            winner(c, h, w) = keeps ? first : 4.0f;
-            a(c, h, w) = keeps ? activation(most) * dropout.scale : 0.0f;
+            const Vector upper = y0 > y1 ? y0 : y1, lower = y2 > y3 ? y2 : y3, largest = upper > lower ? upper : lower;
+            const Vector corner = y0 == largest ? 0.0f : y1 == largest ? 1.0f : y2 == largest ? 2.0f : 3.0f;
+            const Mask keeps = dropout.keeps(((c * a.side + h) * a.side + w) * batch + image);
+            winner(c, h, w) = keeps ? corner : 4.0f;
+            a(c, h, w) = keeps ? activation(largest) * dropout.scale : 0.0f;
         });
 }
 
-// The gradient of y = norm(z), as a function of the place, given da, that of activation(y).
+// The gradient of y = norm(z), as a function of (c, h, w), given da(c, h, w), that of activation(y).
 static auto unactivate(auto&& da, auto& z, const auto& norm) {
     return [&](int c, int h, int w) { return da(c, h, w) * slope(norm(c, z(c, h, w))); };
 }
 
-// The gradient of u, as a function of the place, given da, that of a = dropout(pool(u)): all of it is the winner's.
+// The gradient of activation(y), as a function of (c, h, w), given da, that of a = dropout(activation(pool(y))): all of
+// it is the winner's, which was chosen by y.
 static auto unpool(auto& da, auto& winner, const Dropout& dropout) {
     return [&](int c, int h, int w) {
-        const float place = 2 * (h % 2) + w % 2;
-        return winner(c, h / 2, w / 2) == place ? da(c, h / 2, w / 2) * dropout.scale : 0.0f;
+        const float corner = 2 * (h % 2) + w % 2;
+        return winner(c, h / 2, w / 2) == corner ? da(c, h / 2, w / 2) * dropout.scale : 0.0f;
     };
 }
 
@@ -269,22 +270,22 @@ struct Block {
     Maps<20, 7> a5, winner5;
     Maps<40, 7> z6;
     Vector average[40], output[10];  // of global average pooling and of the network
-    Vector scratch[7200];  // weight_gradient()'s
+    Vector scratch[40 * 9 * 20];  // weight_gradient()'s
     Result result;  // this block's share
 };
 
-// pixels: (images, 28, 28). Where fewer than LANES images are left, blank ones fill the block up.
-static void read(const float* pixels, int image, int images, Block& b) {
+// pixels: (batch, 28, 28). Where fewer than LANES images are left, blank ones fill the block up.
+static void read(const float* pixels, int image, int batch, Block& b) {
     for_pixels(b.x, [&](int h, int w) {
         for (int lane = 0; lane < LANES; lane++)
-            b.x(0, h, w)[lane] = image + lane < images ? pixels[(image + lane) * 784 + h * 28 + w] : 0;
+            b.x(0, h, w)[lane] = image + lane < batch ? pixels[(image + lane) * 784 + h * 28 + w] : 0;
     });
 }
 
 // From z6 to the log-probabilities, b.output: norm, activation, global average pooling, last convolution, log-softmax.
 // With labels also the loss, and the way back to the average: output gives way to its gradient, and average to that of
 // each value that was averaged.
-static void head(Block& b, const Norm<40>& norm6, const Network& p, const int64_t* label, int images) {
+static void head(Block& b, const Norm<40>& norm6, const Network& p, const int64_t* label, int batch) {
     for (int c = 0; c < 40; c++) {
         Vector total = {};
         for_pixels(b.z6, [&](int h, int w) { total += activation(norm6(c, b.z6(c, h, w))); });
@@ -298,13 +299,13 @@ static void head(Block& b, const Norm<40>& norm6, const Network& p, const int64_
     for (int lane = 0; lane < LANES; lane++) {
         float y[10], total = 0;
         for (int k = 0; k < 10; k++) y[k] = b.output[k][lane];
-        const float most = *std::max_element(y, y + 10);
-        for (int k = 0; k < 10; k++) total += std::exp(y[k] - most);
-        for (int k = 0; k < 10; k++) b.output[k][lane] = y[k] -= most + std::log(total);
+        const float largest = *std::max_element(y, y + 10);
+        for (int k = 0; k < 10; k++) total += std::exp(y[k] - largest);
+        for (int k = 0; k < 10; k++) y[k] -= largest + std::log(total);
+        for (int k = 0; k < 10; k++) b.output[k][lane] = label ? (std::exp(y[k]) - (k == label[lane])) / batch : y[k];
         if (!label) continue;
         b.result.right += std::max_element(y, y + 10) - y == label[lane];
-        b.result.loss -= y[label[lane]] / images;
-        for (int k = 0; k < 10; k++) b.output[k][lane] = (std::exp(y[k]) - (k == label[lane])) / images;
+        b.result.loss -= y[label[lane]] / batch;
     }
     if (!label) return;
     for (int k = 0; k < 10; k++) {
@@ -323,17 +324,17 @@ static void head(Block& b, const Norm<40>& norm6, const Network& p, const int64_
 template <class Z>
 static Norm<Z::channels> norm_of_batch(const Block* blocks, int count, Z Block::*z, const auto& layer,
                                        const Statistics* running) {
-    const float n = Z::area * LANES, all = n * count;  // values of a channel in a block, and in the batch
+    const float in_block = Z::area * LANES, n = in_block * count;  // values of a channel in a block, and in the batch
     float mean[Z::channels] = {}, variance[Z::channels] = {};
     for (int c = 0; c < Z::channels; c++) {
         for (int i = 0; i < count; i++) mean[c] += (blocks[i].*z).mean[c] / count;
         for (int i = 0; i < count; i++) {
             const float distance = (blocks[i].*z).mean[c] - mean[c];
-            variance[c] += ((blocks[i].*z).squares[c] + n * distance * distance) / all;
+            variance[c] += ((blocks[i].*z).squares[c] + in_block * distance * distance) / n;
         }
         if (!running) continue;
         running->mean[c] += 0.1f * (mean[c] - running->mean[c]);  // nn.BatchNorm2d's momentum
-        running->variance[c] += 0.1f * (variance[c] * all / (all - 1) - running->variance[c]);
+        running->variance[c] += 0.1f * (variance[c] * n / (n - 1) - running->variance[c]);
     }
     if (running) ++*running->batches;
     return Norm<Z::channels>(mean, variance, layer);
@@ -364,13 +365,13 @@ extern "C" {
 int lanes() { return LANES; }
 int block_floats() { return sizeof(Block) / sizeof(float); }
 
-// Forward, loss and backward of a batch. pixels: (images, 1, 28, 28), labels: (images,), images a multiple of LANES.
+// Forward, loss and backward of a batch. pixels: (batch, 1, 28, 28), labels: (batch,), batch a multiple of LANES.
 // Leaves a Result in `output`, and moves the running statistics. Without labels, it is the network in evaluation mode,
-// for any number of images; output: (images, 10) log-probabilities. blocks: memory for as many as hold the images, of
+// for any number of images; output: (batch, 10) log-probabilities. blocks: memory for as many as hold the batch, of
 // zeros at the first call, and so the frames stay.
-void step(Block* blocks, const Network& p, const Statistics* running, const float* pixels, const int64_t* labels,
-          int images, float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
-    const int count = (images + LANES - 1) / LANES;
+void step(Block* blocks, const Network& p, const Statistics* norms, const float* pixels, const int64_t* labels,
+          int batch, float rate1, float rate2, uint32_t key1, uint32_t key2, int threads, float* output) {
+    const int count = (batch + LANES - 1) / LANES;
     const Dropout dropout1{rate1, key1}, dropout2{rate2, key2};
     threads = std::max(1, std::min(threads, count));  // one, for no images at all
     std::barrier barrier(threads);
@@ -380,17 +381,18 @@ void step(Block* blocks, const Network& p, const Statistics* running, const floa
             for (int i = thread; i < count; i += threads) part(blocks[i], i * LANES);
         };
         // Makes each block's x, and z = conv(x); gives the norm of z over the batch, the same to all threads.
-        auto forward = [&]<class Z>(auto x, Z Block::*z, const auto& layer, const Statistics& old, auto make_x) {
+        auto forward = [&]<class Z>(auto x, Z Block::*z, const auto& layer, const Statistics& running, auto make_x) {
             each([&](Block& b, int image) {
                 make_x(b, image);
                 convolve<3, false>(b.*x, layer.weight, layer.bias, b.*z);
                 if (labels) measure(b.*z);
             });
-            if (!labels) return Norm<Z::channels>(old.mean, old.variance, layer);
+            if (!labels) return Norm<Z::channels>(running.mean, running.variance, layer);
             barrier.arrive_and_wait();
-            return norm_of_batch(blocks, count, z, layer, thread == 0 ? &old : nullptr);
+            return norm_of_batch(blocks, count, z, layer, thread == 0 ? &running : nullptr);
         };
-        // Given da(b), the gradient of activation(norm(z)): the layer's gradients, and x gives way to its own.
+        // Leaves the layer's gradients, and x gives way to its own. da(b): that of activation(norm(z)), as something
+        // to be called with (c, h, w): maps, or a function.
         auto backward = [&]<class X>(X Block::*x, auto z, auto layer, const auto& norm, auto da) {
             each([&](Block& b, int) {
                 norm_gradient(b.*z, norm, unactivate(da(b), b.*z, norm), b.result.*layer);
@@ -403,23 +405,23 @@ void step(Block* blocks, const Network& p, const Statistics* running, const floa
             });
         };
 
-        const Norm norm1 = forward(&Block::x, &Block::z1, p.layer1, running[0], [&](Block& b, int image) {
-            read(pixels, image, images, b);
+        const Norm norm1 = forward(&Block::x, &Block::z1, p.layer1, norms[0], [&](Block& b, int image) {
+            read(pixels, image, batch, b);
         });
-        const Norm norm2 = forward(&Block::a1, &Block::z2, p.layer2, running[1], [&](Block& b, int) {
+        const Norm norm2 = forward(&Block::a1, &Block::z2, p.layer2, norms[1], [&](Block& b, int) {
             norm_activation(b.z1, norm1, b.a1);
         });
-        const Norm norm4 = forward(&Block::a3, &Block::z4, p.layer4, running[2], [&](Block& b, int image) {
-            norm_pool(b.z2, norm2, b.a2, b.winner2, dropout1, image, images);
+        const Norm norm4 = forward(&Block::a3, &Block::z4, p.layer4, norms[2], [&](Block& b, int image) {
+            norm_pool(b.z2, norm2, b.a2, b.winner2, dropout1, image, batch);
             convolve<1, false>(b.a2, p.conv3, p.bias3, b.a3);
         });
-        const Norm norm5 = forward(&Block::a4, &Block::z5, p.layer5, running[3], [&](Block& b, int) {
+        const Norm norm5 = forward(&Block::a4, &Block::z5, p.layer5, norms[3], [&](Block& b, int) {
             norm_activation(b.z4, norm4, b.a4);
         });
-        const Norm norm6 = forward(&Block::a5, &Block::z6, p.layer6, running[4], [&](Block& b, int image) {
-            norm_pool(b.z5, norm5, b.a5, b.winner5, dropout2, image, images);
+        const Norm norm6 = forward(&Block::a5, &Block::z6, p.layer6, norms[4], [&](Block& b, int image) {
+            norm_pool(b.z5, norm5, b.a5, b.winner5, dropout2, image, batch);
         });
-        each([&](Block& b, int image) { head(b, norm6, p, labels ? labels + image : nullptr, images); });
+        each([&](Block& b, int image) { head(b, norm6, p, labels ? labels + image : nullptr, batch); });
         if (!labels) return;
 
         backward(&Block::a5, &Block::z6, &Network::layer6, norm6,
@@ -441,7 +443,8 @@ void step(Block* blocks, const Network& p, const Statistics* running, const floa
     work(0);
     for (std::thread& other : others) other.join();
     if (!labels)
-        for (int i = 0; i < images * 10; i++) output[i] = blocks[i / 10 / LANES].output[i % 10][i / 10 % LANES];
+        for (int i = 0; i < batch; i++)
+            for (int k = 0; k < 10; k++) output[i * 10 + k] = blocks[i / LANES].output[k][i % LANES];
     else
         for (size_t k = 0; k < sizeof(Result) / sizeof(float); k++) {
             output[k] = 0;
