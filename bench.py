@@ -100,8 +100,9 @@ def ours(recipe: script.Recipe, images: int, device: torch.device) -> tuple[Work
     train_set, test_set = (script.load_mnist(script.HERE / "data", train, device) for train in (True, False))
     train_loader = script.Loader(*(part[:images] for part in train_set), recipe.batch_size, recipe)
     test_loader = script.Loader(*(part[: images // 6] for part in test_set), 1000)
-    net, said = script.Net(recipe.activation).to(device), []
-    step = script.make_step(net, recipe, said.append)
+    script.seed_everything(recipe.seed, 0)
+    net = script.Net(recipe.activation).to(device)
+    step, line = script.make_step(net, recipe)
     optimizer, scheduler = script.make_optimizer(net, recipe, STEPS)
     batch = [part.contiguous() for part in next(iter(train_loader))]
 
@@ -110,13 +111,12 @@ def ours(recipe: script.Recipe, images: int, device: torch.device) -> tuple[Work
         script.test(step, test_loader)
 
     def bare_steps() -> None:
-        net.train()
         for _ in range(len(train_loader)):
             optimizer.zero_grad()
             step.forward_backward(*batch)
             script.update(optimizer, scheduler)
 
-    return epoch, bare_steps, said[-1].removeprefix("step: ")
+    return epoch, bare_steps, line.removeprefix("step: ")
 
 
 def seconds(work: Work) -> float:
@@ -245,4 +245,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(script.interruptible(main))
+    sys.exit(script.run_program(main))

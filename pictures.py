@@ -86,7 +86,7 @@ def draw(history: list[dict], score, test_loader, train_loader, augment: Callabl
     """A run's pictures as PNG files, by name, from script.py's history, Score, Loaders and augment()."""
     return {
         "curves.png": png(curves(history)),
-        "confusion.png": png(confusion(score.table)),
+        "confusion.png": png(confusion(score.confusion)),
         "misclassified.png": png(misclassified(score.predicted, test_loader)),
         "augmentation.png": png(augmentation(train_loader, augment)),
     }

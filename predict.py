@@ -12,7 +12,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C in the imports, which take seconds
 
-import io
+import contextlib
 import itertools
 import math
 import sys
@@ -28,7 +28,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from pictures import png
-from script import HERE, MEAN, STD, Failure, Net, Parser, interruptible, load_net, save
+from script import HERE, MEAN, STD, Failure, Net, Parser, load_net, run_program, save
 
 
 class Box(NamedTuple):
@@ -340,10 +340,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.seen and len(args.pictures) != 1:
         parser.error("--seen goes with one picture")
-    if args.seen and args.seen.exists() and (not args.seen.is_file() or args.seen.samefile(args.pictures[0])):
-        parser.error(f"--seen {args.seen}: it is the picture itself, or not a file that could be replaced")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file that the console cannot print gets ?
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    with contextlib.suppress(OSError):  # what is not there, or cannot be looked at, is told when it is used
+        read = args.weights, args.pictures[0]
+        if args.seen and args.seen.exists() and (not args.seen.is_file() or any(map(args.seen.samefile, read))):
+            parser.error(f"--seen {args.seen}: it is read itself, or not a file that could be replaced")
     try:
         return 0 if predict(args.pictures, load_net(args.weights), args.seen) else 1
     except (Failure, OSError) as failure:  # an OSError where nobody reads what is printed
@@ -355,4 +355,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(interruptible(main))
+    sys.exit(run_program(main))

@@ -53,7 +53,7 @@ class Failure(Exception):
 
 
 class Divergence(Failure):
-    """A loss that is not finite; going on with the run would only end there again."""
+    """A loss or a weight that is not finite: to resume the run would only end there again."""
 
 
 # ---------------------------------------------------------------- recipe
@@ -71,7 +71,7 @@ class Recipe:
     weight_decay: float = 2e-6  # Adam's L2 penalty
     seed: int = 1  # of everything that is random
     activation: str = "hardswish"  # or relu
-    compile: bool = True  # whether step.cpp is used where it can be; its last bits are not the eager step's
+    compile: bool = True  # whether step.cpp is used where it can be; it rounds otherwise than the eager step
     # The cycle (OneCycleLR): the learning rate goes up to max_lr, and then down to far below where it began.
     pct_start: float = 0.2  # share of all steps
     div_factor: float = 10.0  # max_lr / first learning rate
@@ -83,23 +83,23 @@ class Recipe:
     shear: float = 10.0  # ± degrees, along x
     translate: float = 0.07  # ± share of the image's side
     scale: float = 0.04  # ± share of the image's size
-    interpolation: str = "bicubic"  # or bilinear, whose blur the test images do not have, or nearest
+    interpolation: str = "bicubic"  # or nearest, or bilinear: that blurs, and the test images are not blurred
     # Choices are made on training images that are held out, never on the test images.
     holdout: int = 0  # so many images, the training set's last, are scored on, not trained on
 
     def __post_init__(self) -> None:
         ranges = {"epochs": (1, 1_000_000), "batch_size": (1, 60_000), "seed": (0, 2**63 - 1), "holdout": (0, 59_999)}
-        ranges |= dict.fromkeys(("max_lr", "weight_decay"), (0, 1e30))
-        ranges |= dict.fromkeys(("div_factor", "final_div_factor"), (1, 1e30))
-        ranges |= dict.fromkeys(("pct_start", "translate", "scale"), (0, 0.99))
-        ranges |= dict.fromkeys(("rotation", "affine_rotation", "shear"), (0, 89))
+        ranges |= {"max_lr": (0, 1e30), "weight_decay": (0, 1e30)}
+        ranges |= {"div_factor": (1, 1e30), "final_div_factor": (1, 1e30)}
+        ranges |= {"pct_start": (0, 0.99), "translate": (0, 0.99), "scale": (0, 0.99)}
+        ranges |= {"rotation": (0, 89), "affine_rotation": (0, 89), "shear": (0, 89)}
         for name, (least, most) in ranges.items():
-            value, kind = getattr(self, name), type(getattr(Recipe, name))  # the default's kind, int or float
-            if type(value) not in (int, kind) or not least <= value <= most:
-                number = "whole number" if kind is int else "number"
+            value, wanted = getattr(self, name), type(getattr(Recipe, name))  # the default's type, int or float
+            if type(value) not in (int, wanted) or not least <= value <= most:
+                number = "whole number" if wanted is int else "number"
                 raise ValueError(f"{name} is {value!r}; it must be a {number} from {least} to {most}")
         choices = {"activation": tuple(ACTIVATIONS), "interpolation": ("bicubic", "bilinear", "nearest")}
-        choices |= dict.fromkeys(("cycle_momentum", "compile"), (False, True))
+        choices |= {"cycle_momentum": (False, True), "compile": (False, True)}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
@@ -133,7 +133,7 @@ class Net(nn.Module):
 
     def __init__(self, activation: str = Recipe.activation) -> None:
         super().__init__()
-        self.activation = Recipe(activation=activation).activation  # or a ValueError
+        self.activation = ACTIVATIONS[activation]
         self.conv1 = nn.Conv2d(1, 10, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(10)
         self.conv2 = nn.Conv2d(10, 20, 3, padding=1)
@@ -155,22 +155,21 @@ class Net(nn.Module):
         self.conv7 = nn.Conv2d(40, 10, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        activation = ACTIVATIONS[self.activation]
-        x = activation(self.norm1(self.conv1(x)))  # (B, 10, 28, 28)
-        x = activation(self.pool1(self.norm2(self.conv2(x))))  # (B, 20, 14, 14)
+        x = self.activation(self.norm1(self.conv1(x)))  # (B, 10, 28, 28)
+        x = self.activation(self.pool1(self.norm2(self.conv2(x))))  # (B, 20, 14, 14)
         x = self.conv3(self.drop1(x))  # (B, 10, 14, 14)
-        x = activation(self.norm4(self.conv4(x)))  # (B, 20, 14, 14)
-        x = activation(self.pool2(self.norm5(self.conv5(x))))  # (B, 20, 7, 7)
-        x = activation(self.norm6(self.conv6(self.drop2(x))))  # (B, 40, 7, 7)
+        x = self.activation(self.norm4(self.conv4(x)))  # (B, 20, 14, 14)
+        x = self.activation(self.pool2(self.norm5(self.conv5(x))))  # (B, 20, 7, 7)
+        x = self.activation(self.norm6(self.conv6(self.drop2(x))))  # (B, 40, 7, 7)
         x = self.conv7(self.gap(x))  # (B, 10, 1, 1)
         return F.log_softmax(x.flatten(1), dim=1)  # (B, 10)
 
     # nn.Module's way into state_dict(), and back: the weights mean nothing with another activation.
     def get_extra_state(self) -> str:
-        return self.activation
+        return self.activation.__name__
 
     def set_extra_state(self, activation: str) -> None:
-        self.activation = Recipe(activation=activation).activation
+        self.activation = ACTIVATIONS[activation]
 
 
 def summary() -> str:
@@ -226,13 +225,13 @@ def is_finite(net: nn.Module) -> bool:
 
 def load_net(weights: Path) -> Net:
     """The network with the weights of a model.pt, on the CPU, in evaluation mode. Raises Failure."""
-    net = Net().eval()
+    net, state = Net().eval(), load(weights)
     try:
-        net.load_state_dict(load(weights))
-    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        net.load_state_dict(state)
+    except Exception as error:  # whatever it is that does not fit
         raise Failure(f"{weights} does not hold the weights of this network") from error
-    if not is_finite(net):
-        raise Failure(f"{weights} holds weights that are not finite numbers")
+    if not (is_finite(net) and net(torch.zeros(1, 1, 28, 28)).isfinite().all()):
+        raise Failure(f"{weights} holds weights with which the network's output is not finite")
     return net
 
 
@@ -313,7 +312,7 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
 
 
 class Loader:
-    """Batches of (normalised images (B, 1, 28, 28), labels (B,)), from bytes; with a recipe shuffled and augmented."""
+    """Batches of (normalised images (B, 1, 28, 28), labels (B,)), of uint8; with a recipe shuffled and augmented."""
 
     CHUNK = 2000  # images made ready at a time: enough to amortise the calls, few enough for the cache
 
@@ -335,7 +334,7 @@ class Loader:
 
 
 def load_sets(recipe: Recipe, data_dir: Path, device: torch.device) -> tuple[Loader, Loader]:
-    """Loaders of the training images and of those that are scored: the test images, or the held-out ones."""
+    """The loaders of the training images and, called test_loader, of the test images or the held-out ones."""
     images, labels = load_mnist(data_dir, True, device)
     count = len(images) - recipe.holdout
     scored = (images[count:], labels[count:]) if recipe.holdout else load_mnist(data_dir, False, device)
@@ -355,6 +354,7 @@ class Step:
 
     def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which must be None."""
+        self.net.train()
         log_probabilities = self.net(images)  # (B, 10)
         loss = F.nll_loss(log_probabilities, labels)
         loss.backward()
@@ -366,9 +366,8 @@ class Step:
         return self.net(images)
 
 
-def make_step(net: Net, recipe: Recipe, say: Callable = print) -> Step:
-    """How this machine steps the network: by step.cpp where it can, else by PyTorch; says which."""
-    torch.backends.cudnn.deterministic = True  # the same seed gives the same bits on CUDA, too
+def make_step(net: Net, recipe: Recipe) -> tuple[Step, str]:
+    """How this machine steps the network, by step.cpp where it can, else by PyTorch; and the log's line on it."""
     chosen, kind, reason = Step(net), "eager", "" if recipe.compile else " (--no-compile)"
     if recipe.compile and next(net.parameters()).device.type == "cpu":
         try:
@@ -377,8 +376,7 @@ def make_step(net: Net, recipe: Recipe, say: Callable = print) -> Step:
             chosen, kind = compiled_step(chosen, recipe.batch_size), "compiled"
         except Exception as error:  # whatever the fast step or its compiler lacks, PyTorch does without it
             reason = f" ({error})"
-    say(f"step: {kind}, float32, threads: {torch.get_num_threads()}{reason}")
-    return chosen
+    return chosen, f"step: {kind}, float32, threads: {torch.get_num_threads()}{reason}"
 
 
 # ---------------------------------------------------------------- train and test
@@ -386,19 +384,21 @@ def make_step(net: Net, recipe: Recipe, say: Callable = print) -> Step:
 
 def seed_everything(seed: int, epoch: int) -> None:
     """Seed torch from (seed, epoch) alone, so that a resumed run draws what an unbroken one would."""
+    torch.backends.cudnn.deterministic = True  # the same seed gives the same bits on CUDA, too
     torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]))
 
 
 def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int):
     """Adam, and its OneCycleLR schedule over total_steps steps."""
     optimizer = torch.optim.Adam(net.parameters(), recipe.max_lr, weight_decay=recipe.weight_decay, fused=True)
-    rise = 0.0 if recipe.pct_start * total_steps == 1 else float(recipe.pct_start)  # OneCycleLR divides by steps - 1
+    # OneCycleLR divides by pct_start * total_steps - 1, and asks for a float.
+    pct_start = 0.0 if recipe.pct_start * total_steps == 1 else float(recipe.pct_start)
     cycle = {name: getattr(recipe, name) for name in ("div_factor", "final_div_factor", "cycle_momentum")}
-    return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, pct_start=rise, **cycle)
+    return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, pct_start=pct_start, **cycle)
 
 
 def update(optimizer, scheduler) -> None:
-    """Step both, on one thread: PyTorch's others, once they had work, spin on the cores that step.cpp needs."""
+    """Step both, Adam on one thread: PyTorch's others, once they had work, spin on the cores that step.cpp needs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     optimizer.step()
@@ -411,7 +411,6 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
 
     Raises Divergence where a loss is not finite.
     """
-    step.net.train()
     total_loss, total_right, seen = 0.0, 0, 0
     # The bar is shown on a terminal only, whatever TQDM_DISABLE says; the log gets its last state, as one line.
     screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
@@ -438,14 +437,14 @@ class Score(NamedTuple):
 
     loss: float  # mean over the images
     predicted: Tensor  # (N,) int64, on the CPU
-    table: Tensor  # (10, 10) int64: how often each true digit (row) was read as each digit (column)
+    confusion: Tensor  # (10, 10) int64: how often each true digit (row) was read as each digit (column)
 
     @property
     def accuracy(self) -> float:  # in percent
-        return 100 * self.table.trace().item() / len(self.predicted)
+        return 100 * self.confusion.trace().item() / len(self.predicted)
 
     def __str__(self) -> str:
-        right, count = self.table.trace().item(), len(self.predicted)
+        right, count = self.confusion.trace().item(), len(self.predicted)
         return f"Average loss: {self.loss:.4f}, Accuracy: {right}/{count} ({self.accuracy:.2f}%)"
 
 
@@ -454,8 +453,8 @@ def test(step: Step, loader: Loader) -> Score:
     """Score the network, in evaluation mode, on a loader without a recipe, which keeps the order of its labels."""
     log_probabilities = torch.cat([step.forward(images) for images, _ in loader])  # (N, 10)
     loss, predicted = F.nll_loss(log_probabilities, loader.labels), log_probabilities.argmax(dim=1)
-    table = torch.bincount(loader.labels * 10 + predicted, minlength=100).view(10, 10)
-    return Score(loss.item(), predicted.cpu(), table.cpu())
+    confusion = torch.bincount(loader.labels * 10 + predicted, minlength=100).view(10, 10)
+    return Score(loss.item(), predicted.cpu(), confusion.cpu())
 
 
 # ---------------------------------------------------------------- a run: its folder, its files, its epochs
@@ -478,7 +477,7 @@ def new_run(out_dir: Path, seed: int) -> Path:
 def machine(device: torch.device) -> dict[str, str | int | None]:
     """What a result depends on besides the recipe; the commit is None outside git, and -dirty where files differ."""
     git, describe = shutil.which("git"), ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    commit = subprocess.run([git, "-C", HERE, *describe], capture_output=True, text=True).stdout.strip() if git else ""
+    commit = subprocess.run([git, "-C", HERE, *describe], capture_output=True).stdout.decode().strip() if git else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
     return versions | {"device": name, "threads": torch.get_num_threads(), "commit": commit or None}
@@ -493,9 +492,14 @@ def read_checkpoint(run: Path) -> tuple[Recipe, dict]:
         optimizer, scheduler = make_optimizer(net, recipe, total_steps=1)  # replaced by the checkpoint's
         for name, part in (("model", net), ("optimizer", optimizer), ("scheduler", scheduler)):
             part.load_state_dict(checkpoint[name])
-        if net.activation != recipe.activation or any(tuple(row) != HISTORY for row in checkpoint["history"]):
-            raise ValueError
         "".join(checkpoint["log"])  # lines of text, or a TypeError
+        for parameter in net.parameters():  # Adam takes the shapes of its state on trust
+            for name in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[parameter][name].view_as(parameter)
+        if net.get_extra_state() != recipe.activation or any(tuple(row) != HISTORY for row in checkpoint["history"]):
+            raise ValueError
+        if scheduler.last_epoch * recipe.epochs != scheduler.total_steps * len(checkpoint["history"]):
+            raise ValueError  # by the schedule another share of the epochs is done than by the history
         return recipe, checkpoint
     except Exception as error:  # whatever it is that does not fit
         raise Failure(f"{path} was not made by this script.py") from error
@@ -521,23 +525,21 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
         say(f"{summary()}\ndevice: {device.type}; torch {torch.__version__}\nseed: {recipe.seed}")
     seed_everything(recipe.seed, 0)
     net = Net(recipe.activation).to(device)
-    step = make_step(net, recipe, say)  # before the checkpoint's weights are loaded: they must not decide which
+    step, line = make_step(net, recipe)  # with the first weights, so that a resumed run chooses as it did before
+    say(line)
     optimizer, scheduler = make_optimizer(net, recipe, recipe.epochs * len(train_loader))
     parts = {"model": net, "optimizer": optimizer, "scheduler": scheduler}
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
 
-    def save_tables() -> None:
-        lines = [HISTORY, *(row.values() for row in history)]
-        save(run / "history.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-        save(run / "train.log", "".join(line + "\n" for line in log))
-
     def keep() -> None:
         states = {name: part.state_dict() for name, part in parts.items()}
         save(run / "checkpoint.pt", {"recipe": asdict(recipe), "history": history, "log": log, **states})
-        save_tables()
-        print(log[-1])  # the epoch's, now that it can be resumed from
+        rows = [HISTORY, *(row.values() for row in history)]
+        save(run / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+        save(run / "train.log", "".join(line + "\n" for line in log))
+        print(log[-1])  # now that it is kept
 
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         start = time.perf_counter()
@@ -558,8 +560,9 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
 
     score = test(step, test_loader)  # once more, for a run that is resumed after its last epoch
     minutes, seconds = divmod(round(sum(row["seconds"] for row in history)), 60)
-    say(f"Final accuracy: {score.accuracy:.2f}% after {recipe.epochs} epochs in {minutes} min {seconds} s; see {run}")
-    save_tables()  # once more, with that line
+    took = f"{recipe.epochs} epochs in {minutes} min {seconds} s"
+    log.append(f"Final accuracy: {score.accuracy:.2f}% after {took}; see {run}")
+    keep()
     try:
         from pictures import draw
 
@@ -577,7 +580,7 @@ def evaluate(weights: Path, data_dir: Path, device: torch.device) -> None:
     net = load_net(weights).to(device)
     score = test(Step(net), Loader(*load_mnist(data_dir, False, device)))
     print(f"Test set: {score}\n\ndigit  accuracy  read as" + "".join(f"{digit:>6}" for digit in range(10)))
-    for digit, row in enumerate(score.table.tolist()):
+    for digit, row in enumerate(score.confusion.tolist()):
         print(f"{digit:>5}  {100 * row[digit] / sum(row):7.2f}%         " + "".join(f"{count:>6}" for count in row))
 
 
@@ -637,8 +640,12 @@ def device_problem(error: Exception, device: str) -> str | None:
     return None
 
 
-def interruptible(work: Callable[[], int]) -> int:
-    """The exit status of work(), which Ctrl-C or SIGTERM ends; further ones are not heard for ten seconds: it saves."""
+def run_program(main: Callable[[], int]) -> int:
+    """The exit status of main(), which Ctrl-C or SIGTERM ends; those of the next ten seconds are ignored: it saves."""
+    if sys.stderr is None:  # closed: the next file that is opened would get what C libraries write there
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console that cannot print the bar's blocks gets ?
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     deaf_until = 0.0
 
     def interrupt(signum: int, _frame) -> None:
@@ -652,7 +659,7 @@ def interruptible(work: Callable[[], int]) -> int:
     for number in heard:
         signal.signal(number, interrupt)
     try:
-        return work()
+        return main()
     finally:
         for number in heard:  # Python's own ending would show a traceback
             signal.signal(number, signal.SIG_IGN)
@@ -660,10 +667,6 @@ def interruptible(work: Callable[[], int]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 success, 1 failure, 130 Ctrl-C, 143 SIGTERM."""
-    if sys.stderr is None:  # closed; the next file that is opened would take its place
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a console that cannot print the bar's blocks gets ?
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     run, checkpoint, status = None, None, 1
     try:
         args, recipe = parse_arguments(argv)
@@ -682,7 +685,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Failure as failure:
         problem = f"error: {failure}"
-        run = None if isinstance(failure, Divergence) else run  # to resume it would only end there again
+        run = None if isinstance(failure, Divergence) else run  # nothing to resume
     except OSError as error:
         problem = f"error: {error.filename or 'system'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
@@ -701,4 +704,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(interruptible(main))
+    sys.exit(run_program(main))

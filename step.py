@@ -17,15 +17,16 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SOURCE = Path(__file__).resolve().parent / "step.cpp"
 
 
 @functools.cache
 def load_library(compiler: str, source: Path, activation: str) -> ctypes.CDLL:
-    """step.cpp, compiled for this processor and an activation; raises where that fails."""
+    """step.cpp, compiled for this processor and an activation, by its name; raises where that fails."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     # The folder goes at once: a library that is kept would crash on another machine that shares the disk.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -48,12 +49,12 @@ def load_library(compiler: str, source: Path, activation: str) -> ctypes.CDLL:
     return library
 
 
-def parts(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def views_like(tensors: list[Tensor], flat: Tensor) -> list[Tensor]:
     """Views of a flat tensor, one behind the other, each in the shape and order of axes of one of the tensors."""
-    split = flat.split([tensor.numel() for tensor in tensors])
+    parts = flat.split([tensor.numel() for tensor in tensors])
     return [
         part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
-        for part, tensor in zip(split, tensors, strict=True)
+        for part, tensor in zip(parts, tensors, strict=True)
     ]
 
 
@@ -69,15 +70,16 @@ class CompiledStep:
             raise RuntimeError("there is no C++ compiler")
         self.eager, self.net = eager, eager.net
         self.parameters, buffers = list(self.net.parameters()), list(self.net.buffers())
-        count = sum(parameter.numel() for parameter in self.parameters)
+        count = sum(parameter.numel() for parameter in self.parameters if parameter.requires_grad)
         if count != 15_440:
             raise RuntimeError("step.cpp is for another network")
-        self.library = load_library(compiler, SOURCE, self.net.activation)
+        self.library = load_library(compiler, SOURCE, self.net.get_extra_state())
         self.lanes = self.library.lanes()
         self.result = torch.zeros(count + 2)  # all gradients, the mean loss, the number right
-        self.weights = torch.zeros(count)  # all parameters
-        self.gradients, self.copies = parts(self.result[:-2], self.parameters), parts(self.weights, self.parameters)
-        # Into the tensors as they lie: load_state_dict() copies into them, but net.to() may move them.
+        self.gradients = views_like(self.parameters, self.result[:-2])
+        self.flat = torch.zeros(count)  # a copy of all parameters
+        self.copies = views_like(self.parameters, self.flat)
+        # Pointers, which stay good as load_state_dict() copies into the tensors; net.to() may move them.
         self.statistics = (ctypes.c_void_p * len(buffers))(*[buffer.data_ptr() for buffer in buffers])
         self.blocks = torch.zeros(0)  # step.cpp's memory, which grows with the batch
 
@@ -90,7 +92,7 @@ class CompiledStep:
         for copied, parameter in zip(self.copies, self.parameters, strict=True):
             copied.copy_(parameter)
         images = images.float().contiguous()
-        network = self.blocks.data_ptr(), self.weights.data_ptr(), self.statistics
+        network = self.blocks.data_ptr(), self.flat.data_ptr(), self.statistics
         batch = images.data_ptr(), None if labels is None else labels.data_ptr(), len(images)
         self.library.step(*network, *batch, *dropout, torch.get_num_threads(), output.data_ptr())
 
@@ -98,8 +100,8 @@ class CompiledStep:
         """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which must be None."""
         if len(images) % self.lanes:  # an epoch's last batch may be smaller
             return self.eager.forward_backward(images, labels)
-        keys = torch.randint(2**32, (2,)).tolist()  # of the dropout masks
-        self.call(images, labels.long().contiguous(), (self.net.drop1.p, self.net.drop2.p, *keys), self.result)
+        self.keys = torch.randint(2**32, (2,)).tolist()  # of the dropouts' masks
+        self.call(images, labels.long().contiguous(), (self.net.drop1.p, self.net.drop2.p, *self.keys), self.result)
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient  # anew each time, as zero_grad() takes them away
         loss, right = self.result[-2:].tolist()
@@ -113,21 +115,35 @@ class CompiledStep:
         return output
 
 
+def dropout_mask(rate: float, key: int, shape: tuple[int, int, int], images: int) -> Tensor:
+    """What step.cpp's dropout multiplies values (images, *shape) with, 0 or 1 / (1 - rate), by the same hash."""
+    index = np.arange(math.prod(shape) * images, dtype=np.uint32)
+    hashed = (index * np.uint32(0x9E3779B9)) ^ np.uint32(key)
+    hashed = (hashed ^ (hashed >> 16)) * np.uint32(0x7FEB352D)
+    hashed = (hashed ^ (hashed >> 15)) * np.uint32(0x846CA68B)
+    keeps = torch.tensor((hashed ^ (hashed >> 16)) >= rate * 2**32)
+    return (keeps / (1 - rate)).view(*shape, images).permute(3, 0, 1, 2)
+
+
 def agrees_with_autograd(eager, batch_size: int, seed: int) -> bool:
-    """Whether step.cpp finds, in a batch of noise without dropout, what autograd finds in double precision."""
-    single = copy.deepcopy(eager)
-    single.net.train()
-    single.net.drop1.p = single.net.drop2.p = 0.0
-    double = copy.deepcopy(single)
-    double.net.double()
+    """Whether step.cpp finds, in a batch of noise, what autograd finds in double precision with the same masks."""
+    step, exact = CompiledStep(copy.deepcopy(eager)), copy.deepcopy(eager)
+    exact.net.double()
     images = torch.rand(batch_size, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-    results = []
-    for step, pixels in ((CompiledStep(single), images), (double, images.double())):
-        loss, _ = step.forward_backward(pixels, torch.arange(batch_size) % 10)
-        gradients = [parameter.grad for parameter in step.net.parameters()]
-        results.append([torch.tensor(loss), *gradients, *step.net.buffers(), step.forward(pixels)])
+    labels = torch.arange(batch_size) % 10
+    found = step.forward_backward(images, labels)
+    dropouts = (exact.net.drop1, (20, 14, 14)), (exact.net.drop2, (20, 7, 7))
+    for (dropout, shape), key in zip(dropouts, step.keys, strict=True):
+        if type(dropout) is nn.Dropout:  # any other stays as it is, and differs
+            mask = dropout_mask(dropout.p, key, shape, batch_size)
+            dropout.register_forward_hook(lambda module, x, _, mask=mask: x[0] * mask if module.training else None)
+    wanted = exact.forward_backward(images.double(), labels)
+    pairs = list(zip(map(torch.tensor, found), map(torch.tensor, wanted), strict=True))
+    pairs += [(ours.grad, theirs.grad) for ours, theirs in zip(step.parameters, exact.net.parameters(), strict=True)]
+    pairs += zip(step.net.buffers(), exact.net.buffers(), strict=True)
+    pairs.append((step.forward(images), exact.forward(images.double())))
     # Not >, for no comparison with nan is true.
-    return all((a - b).abs().max() <= 0.02 * b.abs().max() + 1e-6 for a, b in zip(*results, strict=True))
+    return all((a - b).abs().max() <= 0.02 * b.abs().max() + 1e-6 for a, b in pairs)
 
 
 def compiled_step(eager, batch_size: int) -> CompiledStep:

@@ -74,7 +74,7 @@ def check_recipe(run: Path, recipe: script.Recipe) -> None:
     try:
         found, wanted = json.loads((run / "recipe.json").read_bytes()), asdict(recipe)
         told = [f"{name} is {found[name]} there, {wanted[name]} here" for name in wanted if found[name] != wanted[name]]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         told = ["its recipe.json is missing or damaged"]
     if told:
         raise script.Failure(f"{run} is no run of this recipe: {told[0]}; move it away or choose another --out-dir")
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = script.interruptible(main)
+    exit_status = script.run_program(main)
     if dist.is_torchelastic_launched():  # gloo's threads sometimes abort a Python that is on its way out
         print(end="", flush=True)
         os._exit(exit_status)

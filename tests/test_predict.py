@@ -230,10 +230,22 @@ def test_otsu_parts_two_inks_and_takes_one_that_is_all_but_even():
 
 
 def test_bad_usage(capsys):
-    for arguments in ([], ["--nonsense", "a.png"], ["a.png", "b.png", "--seen", "c.png"]):
+    seven, weights = str(HERE / "assets" / "seven.png"), str(HERE / "assets" / "model.pt")
+    own = [seven, "--seen", seven], [seven, "--seen", weights], [seven, "--seen", str(HERE / "assets")]
+    for arguments in ([], ["--nonsense", "a.png"], ["a.png", "b.png", "--seen", "c.png"], *own):
         with pytest.raises(SystemExit, match="2"):
             predict.main(arguments)
         assert re.fullmatch(r"predict\.py: error: .+\n", capsys.readouterr().err)
+
+
+def test_pictures_that_cannot_be_read_or_drawn(tmp_path, capsys):
+    seen, missing, long = tmp_path / "seen.png", tmp_path / "missing.png", tmp_path / ("a" * 300)
+    seen.write_bytes(b"of another picture")
+    for arguments in ((missing, "--seen", seen), (HERE / "assets" / "seven.png", "--seen", long)):
+        status, _, (line,) = told(capsys, *arguments)
+        assert status == 1
+        assert re.match(r"predict\.py: error: cannot (read|write) .*(No such file|too long)", line)
+    assert seen.read_bytes() == b"of another picture"
 
 
 def test_weights_that_are_none(tmp_path, capsys, net):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,23 +24,13 @@ LANES = {"-D__AVX512F__=1": 16, "-U__AVX512F__": 8}  # by flag; either compiles 
 def trained_net(activation=script.Recipe.activation):
     """The committed weights in training mode, with the activation they were trained with or another."""
     net = script.load_net(HERE / "assets" / "model.pt").train()
-    net.activation = activation
+    net.set_extra_state(activation)
     return net
 
 
 def batch(test_set, size=32):
     """Images (size, 1, 28, 28) and labels (size,)."""
     return next(iter(script.Loader(test_set[0][:size], test_set[1][:size], size)))
-
-
-def mask(rate, key, shape, images):
-    """What step.cpp's dropout multiplies values of a shape (C, H, W) with, (images, C, H, W): 0 or 1 / (1 - rate)."""
-    places = np.arange(np.prod(shape) * images, dtype=np.uint32)
-    hashed = (places * np.uint32(0x9E3779B9)) ^ np.uint32(key)
-    hashed = (hashed ^ (hashed >> 16)) * np.uint32(0x7FEB352D)
-    hashed = (hashed ^ (hashed >> 15)) * np.uint32(0x846CA68B)
-    kept = torch.tensor((hashed ^ (hashed >> 16)) >= rate * 2**32)
-    return (kept / (1 - rate)).view(*shape, images).permute(3, 0, 1, 2)
 
 
 @pytest.mark.parametrize("flag", ["", *(pytest.param(flag, marks=pytest.mark.slow) for flag in LANES)])
@@ -60,15 +49,13 @@ def test_gradients_and_statistics_are_autograds(test_set, monkeypatch, kind, act
             images = torch.zeros(size, 1, 28, 28)
             images[: size // 2, :, 8:20, 8:20] = 1
         torch.manual_seed(size)
-        keys = torch.randint(2**32, (2,)).tolist()  # as the step draws them
-        exact.drop1.forward = mask(rate, keys[0], (20, 14, 14), size).mul
-        exact.drop2.forward = mask(rate, keys[1], (20, 7, 7), size).mul
+        found = step.forward_backward(images, labels)
+        exact.drop1.forward = fast.dropout_mask(rate, step.keys[0], (20, 14, 14), size).mul
+        exact.drop2.forward = fast.dropout_mask(rate, step.keys[1], (20, 7, 7), size).mul
         exact.zero_grad()
         log_probabilities = exact(images.double())
         loss = F.nll_loss(log_probabilities, labels)
         loss.backward()
-        torch.manual_seed(size)
-        found = step.forward_backward(images, labels)
         right = (log_probabilities.argmax(dim=1) == labels).sum().item()
         assert found == pytest.approx((loss.item(), right), rel=1e-5, abs=1e-6)
         for (name, parameter), wanted in zip(net.named_parameters(), exact.parameters(), strict=True):
@@ -109,7 +96,7 @@ def test_the_seed_alone_gives_the_bits_and_each_step_draws_its_own_masks(test_se
 
 
 def test_dropout_drops_a_tenth_at_random():
-    first, second = ((mask(0.1, key, (20, 14, 14), 256) == 0).float() for key in (1234567, 1234568))
+    first, second = ((fast.dropout_mask(0.1, key, (20, 14, 14), 256) == 0).float() for key in (1234567, 1234568))
     n = first.numel()
     for dropped in (first, second):
         assert dropped.mean().item() == pytest.approx(0.1, abs=6 * (0.09 / n) ** 0.5)
@@ -125,10 +112,10 @@ def test_ten_steps_are_those_of_the_eager_network(test_set):
     losses = {"compiled": [], "eager": []}
     for kind, found in losses.items():
         torch.manual_seed(1)
-        net, said = script.Net(), []
+        net = script.Net()
         net.drop1.p = net.drop2.p = 0.0
-        step = script.make_step(net, script.Recipe(compile=kind == "compiled"), said.append)
-        assert said[0].startswith(f"step: {kind}, float32, threads: ")
+        step, line = script.make_step(net, script.Recipe(compile=kind == "compiled"))
+        assert line.startswith(f"step: {kind}, float32, threads: ")
         optimizer = torch.optim.SGD(net.parameters(), 0.1)  # Adam would blow up what rounding changes
         for _ in range(20):
             optimizer.zero_grad()
@@ -147,7 +134,7 @@ def test_one_batch_that_rounding_decides_does_not_cost_the_fast_step(monkeypatch
         return loss * (1.1 if len(calls) == 1 else 1), right
 
     monkeypatch.setattr(fast.CompiledStep, "forward_backward", rounded)
-    assert isinstance(script.make_step(script.Net(), script.Recipe()), fast.CompiledStep)
+    assert isinstance(script.make_step(script.Net(), script.Recipe())[0], fast.CompiledStep)
     assert len(calls) > 1
     assert not torch.equal(*calls[:2])
 
@@ -159,16 +146,19 @@ def test_one_batch_that_rounding_decides_does_not_cost_the_fast_step(monkeypatch
 @pytest.mark.slow
 def test_without_a_step_that_can_be_trusted_it_trains_eagerly_and_says_why(tmp_path, monkeypatch):
     def said(net=None, **recipe):
-        lines = []
-        script.make_step(net or script.Net(), script.Recipe(**recipe), lines.append)
-        return re.fullmatch(r"step: eager, float32, threads: \d+ \((.*)\)", "\n".join(lines))[1]
+        _, line = script.make_step(net or script.Net(), script.Recipe(**recipe))
+        return re.fullmatch(r"step: eager, float32, threads: \d+ \((.*)\)", line)[1]
 
-    average_pool, wider = script.Net(), script.Net()  # as a reader might try it
+    average_pool, channel_dropout, wider, frozen = (script.Net() for _ in range(4))  # as a reader might try
     average_pool.pool1 = nn.AvgPool2d(2)
+    channel_dropout.drop1 = nn.Dropout2d(0.1)
+    frozen.conv1.requires_grad_(False)
     wider.conv6, wider.norm6, wider.conv7 = nn.Conv2d(20, 48, 3, padding=1), nn.BatchNorm2d(48), nn.Conv2d(48, 10, 1)
     assert said(compile=False) == "--no-compile"
-    assert said(average_pool) == "step.cpp and autograd differ"
-    assert said(wider) == "step.cpp is for another network"
+    for net in (average_pool, channel_dropout):
+        assert said(net) == "step.cpp and autograd differ"
+    for net in (wider, frozen):
+        assert said(net) == "step.cpp is for another network"
     assert "multiples of" in said(batch_size=33)
     assert "up to 1024" in said(batch_size=4096)
     reasons = {"'": "No closing quotation", "no-such": "no-such", f"{COMPILER} --no-such-flag": "no-such-flag"}
