@@ -82,8 +82,11 @@ def augmentation(loader, augment: Callable) -> Figure:
     return sheet(shown, ["original", *["augmented"] * 9] * len(first))
 
 
-def draw(history: list[dict], score, test_loader, train_loader, augment: Callable) -> dict[str, bytes]:
-    """A run's pictures as PNG files, by name, from script.py's history, Score, Loaders and augment()."""
+def draw(history: list[dict], score, train_loader, test_loader, augment: Callable) -> dict[str, bytes]:
+    """A run's pictures as PNG files, by name, from script.py's history, Score, Loaders and augment().
+
+    They are handed over, as `import script` would load that file a second time where it is the program.
+    """
     return {
         "curves.png": png(curves(history)),
         "confusion.png": png(confusion(score.confusion)),

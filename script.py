@@ -49,16 +49,16 @@ HERE = Path(__file__).resolve().parent
 
 
 class Failure(Exception):
-    """A person's mistake or a machine's fault, told in one line, with which main() ends."""
+    """A person's mistake or a machine's fault, in one line, which main() prints."""
 
 
 class Divergence(Failure):
-    """A loss or a weight that is not finite: to resume the run would only end there again."""
+    """A loss or a weight is not finite; to resume the run would only end there again."""
 
 
 # ---------------------------------------------------------------- recipe
 
-ACTIVATIONS = {"hardswish": F.hardswish, "relu": F.relu}
+ACTIVATIONS = {"hardswish": F.hardswish, "relu": F.relu}  # by their __name__
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Recipe:
     shear: float = 10.0  # ± degrees, along x
     translate: float = 0.07  # ± share of the image's side
     scale: float = 0.04  # ± share of the image's size
-    interpolation: str = "bicubic"  # or nearest, or bilinear: that blurs, and the test images are not blurred
-    # Choices are made on training images that are held out, never on the test images.
-    holdout: int = 0  # so many images, the training set's last, are scored on, not trained on
+    interpolation: str = "bicubic"  # or nearest, or bilinear, which blurs as the test images are not
+    # Choices are made on training images that are held out, not on the test images.
+    holdout: int = 0  # so many of the training set's last images are scored on, not trained on
 
     def __post_init__(self) -> None:
         ranges = {"epochs": (1, 1_000_000), "batch_size": (1, 60_000), "seed": (0, 2**63 - 1), "holdout": (0, 59_999)}
@@ -94,9 +94,9 @@ class Recipe:
         ranges |= {"pct_start": (0, 0.99), "translate": (0, 0.99), "scale": (0, 0.99)}
         ranges |= {"rotation": (0, 89), "affine_rotation": (0, 89), "shear": (0, 89)}
         for name, (least, most) in ranges.items():
-            value, wanted = getattr(self, name), type(getattr(Recipe, name))  # the default's type, int or float
-            if type(value) not in (int, wanted) or not least <= value <= most:
-                number = "whole number" if wanted is int else "number"
+            value, kind = getattr(self, name), type(getattr(Recipe, name))  # the default's type, int or float
+            if type(value) not in (int, kind) or not least <= value <= most:
+                number = "whole number" if kind is int else "number"
                 raise ValueError(f"{name} is {value!r}; it must be a {number} from {least} to {most}")
         choices = {"activation": tuple(ACTIVATIONS), "interpolation": ("bicubic", "bilinear", "nearest")}
         choices |= {"cycle_momentum": (False, True), "compile": (False, True)}
@@ -107,7 +107,7 @@ class Recipe:
 
 RECIPES = {
     "ours": Recipe(),
-    # The source document's own values; where it names none, the usual ones: ReLU, OneCycleLR's and torchvision's.
+    # Of the document that this project began with; where it names none, the usual ones: ReLU, torchvision's.
     "source": Recipe(
         max_lr=0.01,
         weight_decay=1e-4,
@@ -209,8 +209,8 @@ def load(path: Path) -> dict:
     """Read what torch.save wrote: tensors and plain values only, so that a hostile pickle runs no code."""
     try:
         content = path.read_bytes()
-        if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():  # by checksums, which torch.load does not read
-            raise zipfile.BadZipFile(damaged)
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # by checksums, which torch.load does not read
+            raise ValueError
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except OSError as error:
         raise Failure(f"cannot read {path}: {error.strerror}") from error
@@ -219,7 +219,7 @@ def load(path: Path) -> dict:
 
 
 def is_finite(net: nn.Module) -> bool:
-    """Whether no parameter and no running statistic has overflowed."""
+    """Whether all parameters and running statistics are finite."""
     return all(values.isfinite().all() for values in (*net.parameters(), *net.buffers()))
 
 
@@ -251,17 +251,17 @@ MEAN, STD = 0.1307, 0.3081  # of the training images' pixels, scaled to [0, 1]
 def read_archive(archive: Path) -> bytes:
     """What one of MNIST's archives holds; one that is not whole is downloaded first. Raises Failure."""
     wanted = ARCHIVES[archive.name]
-    for source in (archive, *(mirror + archive.name for mirror in MIRRORS)):
+    for place in (archive, *(mirror + archive.name for mirror in MIRRORS)):  # a path, then URLs
         try:
-            content = archive.read_bytes() if source is archive else urllib.request.urlopen(source, timeout=30).read()
-        except Exception:  # whatever is wrong with this source, the next may be good
+            content = archive.read_bytes() if place is archive else urllib.request.urlopen(place, timeout=30).read()
+        except Exception:  # whatever is wrong with this place, the next may be good
             content = b""
         if hashlib.md5(content, usedforsecurity=False).hexdigest() == wanted:
-            if source is not archive:
+            if place is not archive:
                 with contextlib.suppress(Failure):  # in a folder that cannot be written
                     save(archive, content)
             return gzip.decompress(content)
-        print(f"data: no good copy at {source}")
+        print(f"data: no good copy at {place}")
     raise Failure(f"{archive} is missing or damaged and cannot be downloaded; put a good copy there (md5 {wanted})")
 
 
@@ -312,7 +312,7 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
 
 
 class Loader:
-    """Batches of (normalised images (B, 1, 28, 28), labels (B,)), of uint8; with a recipe shuffled and augmented."""
+    """Batches (normalised images (B, 1, 28, 28), labels (B,)) of uint8 images; with a recipe shuffled and augmented."""
 
     CHUNK = 2000  # images made ready at a time: enough to amortise the calls, few enough for the cache
 
@@ -334,7 +334,7 @@ class Loader:
 
 
 def load_sets(recipe: Recipe, data_dir: Path, device: torch.device) -> tuple[Loader, Loader]:
-    """The loaders of the training images and, called test_loader, of the test images or the held-out ones."""
+    """The loaders to train on and to score on: of the test images, or of held-out ones where the recipe has any."""
     images, labels = load_mnist(data_dir, True, device)
     count = len(images) - recipe.holdout
     scored = (images[count:], labels[count:]) if recipe.holdout else load_mnist(data_dir, False, device)
@@ -368,12 +368,13 @@ class Step:
 
 def make_step(net: Net, recipe: Recipe) -> tuple[Step, str]:
     """How this machine steps the network, by step.cpp where it can, else by PyTorch; and the log's line on it."""
-    chosen, kind, reason = Step(net), "eager", "" if recipe.compile else " (--no-compile)"
-    if recipe.compile and next(net.parameters()).device.type == "cpu":
+    chosen, kind, device = Step(net), "eager", next(net.parameters()).device.type
+    reason = f" (on {device})" if recipe.compile else " (--no-compile)"
+    if recipe.compile and device == "cpu":
         try:
             from step import compiled_step
 
-            chosen, kind = compiled_step(chosen, recipe.batch_size), "compiled"
+            chosen, kind, reason = compiled_step(chosen, recipe.batch_size), "compiled", ""
         except Exception as error:  # whatever the fast step or its compiler lacks, PyTorch does without it
             reason = f" ({error})"
     return chosen, f"step: {kind}, float32, threads: {torch.get_num_threads()}{reason}"
@@ -391,7 +392,7 @@ def seed_everything(seed: int, epoch: int) -> None:
 def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int):
     """Adam, and its OneCycleLR schedule over total_steps steps."""
     optimizer = torch.optim.Adam(net.parameters(), recipe.max_lr, weight_decay=recipe.weight_decay, fused=True)
-    # OneCycleLR divides by pct_start * total_steps - 1, and asks for a float.
+    # OneCycleLR divides by pct_start * total_steps - 1, and wants a float.
     pct_start = 0.0 if recipe.pct_start * total_steps == 1 else float(recipe.pct_start)
     cycle = {name: getattr(recipe, name) for name in ("div_factor", "final_div_factor", "cycle_momentum")}
     return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, pct_start=pct_start, **cycle)
@@ -412,7 +413,7 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
     Raises Divergence where a loss is not finite.
     """
     total_loss, total_right, seen = 0.0, 0, 0
-    # The bar is shown on a terminal only, whatever TQDM_DISABLE says; the log gets its last state, as one line.
+    # The bar is shown on a terminal only, whatever TQDM_DISABLE says; the log gets its last state.
     screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
     bar = tqdm(loader, file=screen, leave=False, dynamic_ncols=True, disable=False)
     for index, (images, labels) in enumerate(bar):
@@ -489,7 +490,7 @@ def read_checkpoint(run: Path) -> tuple[Recipe, dict]:
     checkpoint = load(path)
     try:
         recipe, net = Recipe(**checkpoint["recipe"]), Net()
-        optimizer, scheduler = make_optimizer(net, recipe, total_steps=1)  # replaced by the checkpoint's
+        optimizer, scheduler = make_optimizer(net, recipe, total_steps=1)  # until the checkpoint's is loaded
         for name, part in (("model", net), ("optimizer", optimizer), ("scheduler", scheduler)):
             part.load_state_dict(checkpoint[name])
         "".join(checkpoint["log"])  # lines of text, or a TypeError
@@ -499,7 +500,7 @@ def read_checkpoint(run: Path) -> tuple[Recipe, dict]:
         if net.get_extra_state() != recipe.activation or any(tuple(row) != HISTORY for row in checkpoint["history"]):
             raise ValueError
         if scheduler.last_epoch * recipe.epochs != scheduler.total_steps * len(checkpoint["history"]):
-            raise ValueError  # by the schedule another share of the epochs is done than by the history
+            raise ValueError  # last_epoch counts steps: their share that is done must be the epochs'
         return recipe, checkpoint
     except Exception as error:  # whatever it is that does not fit
         raise Failure(f"{path} was not made by this script.py") from error
@@ -566,13 +567,13 @@ def fit(recipe: Recipe, run: Path, train_loader: Loader, test_loader: Loader, ch
     try:
         from pictures import draw
 
-        pictures = draw(history, score, test_loader, train_loader, augment)
+        drawn = draw(history, score, train_loader, test_loader, augment)
     except Exception as error:  # no pictures.py beside this file, or matplotlib fails: the result counts more
         print(f"no pictures: {error}")
-        pictures = {}
-    for name, picture in pictures.items():
+        drawn = {}
+    for name, picture in drawn.items():
         save(run / name, picture)
-    save(run / "model.pt", net.to("cpu", memory_format=torch.contiguous_format).state_dict())
+    save(run / "model.pt", net.to("cpu", memory_format=torch.contiguous_format).state_dict())  # axes as usual
 
 
 def evaluate(weights: Path, data_dir: Path, device: torch.device) -> None:
@@ -606,7 +607,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     parser.add_argument("--seed", type=int, help=f"of everything that is random (default: {Recipe.seed})")
     parser.add_argument("--holdout", type=int, help=f"training images to score on instead (default: {Recipe.holdout})")
     parser.add_argument("--no-compile", dest="compile", action="store_false", default=None, help="eager steps only")
-    parser.add_argument("--recipe", choices=RECIPES, help="values that the flags above change (default: ours)")
+    parser.add_argument("--recipe", choices=RECIPES, help="values that the other flags change (default: ours)")
     parser.add_argument("--out-dir", type=Path, help="where the run's folder is made (default: runs/)")
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
     parser.add_argument("--data-dir", type=Path, default=HERE / "data", help="default: data/ beside script.py")
@@ -630,7 +631,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
 
 
 def device_problem(error: Exception, device: str) -> str | None:
-    """What to tell of an error with which PyTorch says that the device lacks memory or an operation, or None."""
+    """What to tell of an error of PyTorch's, or None: the device lacks memory or, where it is no CPU, an operation."""
     text = str(error) or repr(error)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text:
         other = "" if device == "cpu" else "; or try --device cpu"
@@ -654,8 +655,8 @@ def run_program(main: Callable[[], int]) -> int:
             deaf_until = time.monotonic() + 10  # and not for ever: a library may swallow the first
             raise KeyboardInterrupt(128 + signum)  # the exit status
 
-    # Where they are not ignored, as the background jobs of a shell ignore Ctrl-C.
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    # Those that are not ignored, as the background jobs of a shell ignore Ctrl-C.
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     for number in heard:
         signal.signal(number, interrupt)
     try:
@@ -695,7 +696,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         status, problem = interruption.args[0] if interruption.args else 130, "interrupted"
     if run and (run / "checkpoint.pt").exists():
-        again = ["python", "script.py", f"--resume={run}", f"--device={args.device}"]
+        again = ["python", str(HERE / "script.py"), f"--resume={run}", f"--device={args.device}"]
         if args.data_dir != HERE / "data":
             again.append(f"--data-dir={args.data_dir}")
         problem += f"; what was finished is kept: {shlex.join(again)}"

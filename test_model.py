@@ -803,7 +803,7 @@ def test_a_signal_pressed_twice_keeps_the_finished_epochs(tmp_path, unbroken, nu
     data_dir = HERE / "tests" / ".." / "data"  # not the default, as it is spelled
     done = in_child(moment, *TWO_EPOCHS, tmp_path / "my runs", "--data-dir", data_dir, number=number)
     run = only_run(tmp_path / "my runs")
-    again = f"python script.py '--resume={run}' --device=cpu --data-dir={data_dir}"
+    again = shlex.join(["python", f"{HERE / 'script.py'}", f"--resume={run}", "--device=cpu", f"--data-dir={data_dir}"])
     line = f"script.py: interrupted; what was finished is kept: {again}\n"
     assert (done.returncode, done.stderr) == (128 + number, line)
     assert len(script.load(run / "checkpoint.pt")["history"]) == kept
@@ -915,7 +915,7 @@ def test_a_full_disk_is_named_and_spoils_no_earlier_file(tmp_path, monkeypatch, 
     assert line.startswith(f"cannot write {run / name}: File too large")
     assert {path.name for path in run.iterdir()} == set(calls[:-1])  # no temporary, no part of a file
     if "checkpoint.pt" in calls[:-1]:
-        assert line.endswith(f"python script.py --resume={run} --device=cpu")
+        assert line.endswith(shlex.join(["python", f"{HERE / 'script.py'}", f"--resume={run}", "--device=cpu"]))
         assert len(script.load(run / "checkpoint.pt")["history"]) == min(2, calls[:-1].count("checkpoint.pt"))
         assert script.main(["--resume", str(run), "--device", "cpu"]) == 0
         assert len(history_of(run)) == 2
