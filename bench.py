@@ -111,6 +111,7 @@ def ours(recipe: script.Recipe, images: int, device: torch.device) -> tuple[Work
         script.test(step, test_loader)
 
     def bare_steps() -> None:
+        net.train()
         for _ in range(len(train_loader)):
             optimizer.zero_grad()
             step.forward_backward(*batch)

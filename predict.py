@@ -341,8 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.seen and len(args.pictures) != 1:
         parser.error("--seen goes with one picture")
     with contextlib.suppress(OSError):  # what is not there, or cannot be looked at, is told when it is used
-        read = args.weights, args.pictures[0]
-        if args.seen and args.seen.exists() and (not args.seen.is_file() or any(map(args.seen.samefile, read))):
+        inputs = args.weights, args.pictures[0]
+        if args.seen and args.seen.exists() and (not args.seen.is_file() or any(map(args.seen.samefile, inputs))):
             parser.error(f"--seen {args.seen}: it is read itself, or not a file that could be replaced")
     try:
         return 0 if predict(args.pictures, load_net(args.weights), args.seen) else 1

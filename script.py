@@ -107,7 +107,7 @@ class Recipe:
 
 RECIPES = {
     "ours": Recipe(),
-    # Of the document that this project began with; where it names none, the usual ones: ReLU, torchvision's.
+    # The source document's own values; where it names none, the usual ones: ReLU, OneCycleLR's and torchvision's.
     "source": Recipe(
         max_lr=0.01,
         weight_decay=1e-4,
@@ -133,7 +133,7 @@ class Net(nn.Module):
 
     def __init__(self, activation: str = Recipe.activation) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]  # or a KeyError
         self.conv1 = nn.Conv2d(1, 10, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(10)
         self.conv2 = nn.Conv2d(10, 20, 3, padding=1)
@@ -354,7 +354,6 @@ class Step:
 
     def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """A batch's (mean loss, number right), in training mode; leaves the gradients in .grad, which must be None."""
-        self.net.train()
         log_probabilities = self.net(images)  # (B, 10)
         loss = F.nll_loss(log_probabilities, labels)
         loss.backward()
@@ -412,6 +411,7 @@ def train(step: Step, loader: Loader, optimizer, scheduler, epoch: int) -> tuple
 
     Raises Divergence where a loss is not finite.
     """
+    step.net.train()
     total_loss, total_right, seen = 0.0, 0, 0
     # The bar is shown on a terminal only, whatever TQDM_DISABLE says; the log gets its last state.
     screen = sys.stderr if sys.stderr.isatty() else io.StringIO()

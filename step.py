@@ -70,6 +70,7 @@ class CompiledStep:
             raise RuntimeError("there is no C++ compiler")
         self.eager, self.net = eager, eager.net
         self.parameters, buffers = list(self.net.parameters()), list(self.net.buffers())
+        # Those to be trained, and no fewer: step.cpp leaves a gradient for each.
         count = sum(parameter.numel() for parameter in self.parameters if parameter.requires_grad)
         if count != 15_440:
             raise RuntimeError("step.cpp is for another network")
@@ -128,7 +129,7 @@ def dropout_mask(rate: float, key: int, shape: tuple[int, int, int], images: int
 def agrees_with_autograd(eager, batch_size: int, seed: int) -> bool:
     """Whether step.cpp finds, in a batch of noise, what autograd finds in double precision with the same masks."""
     step, exact = CompiledStep(copy.deepcopy(eager)), copy.deepcopy(eager)
-    exact.net.double()
+    exact.net.double().train()
     images = torch.rand(batch_size, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
     labels = torch.arange(batch_size) % 10
     found = step.forward_backward(images, labels)

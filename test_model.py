@@ -414,9 +414,11 @@ def test_training_images_that_lack_a_digit_are_drawn_without_it(train_set):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name is Unicode")
-def test_a_folder_whose_name_is_no_utf8_and_a_closed_standard_error(tmp_path):
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    done = command("--epochs", "1", "--holdout", "59000", "--out-dir", folder, preexec_fn=lambda: os.close(2))
+def test_a_folder_whose_name_is_no_utf8_an_ascii_console_and_a_closed_standard_error(tmp_path):
+    folder, environment = tmp_path / os.fsdecode(b"caf\xe9"), {**os.environ, "PYTHONIOENCODING": "ascii"}
+    arguments = "--epochs", "1", "--holdout", "59000", "--out-dir", folder
+    done = command(*arguments, preexec_fn=lambda: os.close(2), env=environment)
+    assert "100%|?" in done.stdout  # for the bar's blocks
     assert done.returncode == 0
     run = only_run(folder)
     assert "see " in (run / "train.log").read_text(encoding="utf-8").splitlines()[-1]

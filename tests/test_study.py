@@ -119,6 +119,7 @@ def test_the_summary_is_not_of_rounded_accuracies(tmp_path, capsys):
     [
         *[("history.csv", text, "is missing, cut or damaged") for text in BAD_HISTORIES],
         *[("recipe.json", text, "its recipe.json is missing or damaged") for text in (None, "[]", RECIPE[:100])],
+        pytest.param("recipe.json", "[" * 10**5, "its recipe.json is missing or damaged", id="too deeply nested"),
         ("recipe.json", RECIPE.replace("0.02", "0.03"), "max_lr is 0.03 there, 0.02 here"),
     ],
 )
