@@ -1,8 +1,4 @@
-"""What the suites share: test_model.py beside script.py, and those in tests/ of the other programs.
-
-The README's table of faults is made of what the tests try: `fault(what, happens)` stands above such a test, in any
-suite, and test_model.py imports all suites and compares the table with FAULTS_TOLD.
-"""
+"""What the suites share: test_model.py of script.py, and those in tests/ of the other programs."""
 
 import subprocess
 import sys
@@ -15,18 +11,11 @@ import script
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
-FAULTS_TOLD = {}  # the README's table of faults: what happens, by fault
 
 
 def pytest_collection_modifyitems(items):
     """The whole run, which takes minutes, comes last."""
-    items.sort(key=lambda item: item.name.startswith("test_twenty_epochs"))
-
-
-def fault(what, happens):
-    """Put a row into the README's table of faults, beside the test that tries it."""
-    FAULTS_TOLD[what] = happens
-    return lambda test: test
+    items.sort(key=lambda item: item.name.startswith("test_accuracy_above"))
 
 
 def command(*arguments, **options):
