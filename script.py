@@ -421,14 +421,11 @@ def seed_torch(seed: int, epoch: int) -> None:
 class Run:
     """A training run: its folder, and all that its checkpoint holds."""
 
-    STATES = "net", "optimizer", "scheduler"
-    VALUES = "history", "log", "backend"
-
     def __init__(self, folder: Path, recipe: Recipe, total_steps: int, device: torch.device) -> None:
         self.folder, self.recipe, self.device = folder, recipe, device
         self.history: list[dict] = []  # a row for each epoch
         self.log: list[str] = []  # what was printed
-        self.backend: str | None = None  # the kind that make_backend() chose at the start
+        self.backend_kind: str | None = None  # make_backend() chooses it when the run begins
         seed_torch(recipe.seed, 0)
         self.net = Net(recipe.activation).to(device)
         self.optimizer, self.scheduler = make_optimizer(self.net, recipe, total_steps)
@@ -440,9 +437,10 @@ class Run:
 
     def save(self) -> None:
         """Write checkpoint.pt, history.csv and train.log, each whole. Raises Failure."""
-        states = {name: getattr(self, name).state_dict() for name in self.STATES}
-        values = {name: getattr(self, name) for name in self.VALUES}
-        save(self.folder / "checkpoint.pt", {"recipe": asdict(self.recipe), **states, **values})
+        parts = {"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        checkpoint = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint |= {"history": self.history, "log": self.log, "backend_kind": self.backend_kind}
+        save(self.folder / "checkpoint.pt", checkpoint | {"recipe": asdict(self.recipe)})
         rows = [HISTORY, *(row.values() for row in self.history)]
         save(self.folder / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
         save(self.folder / "train.log", "".join(line + "\n" for line in self.log))
@@ -453,10 +451,10 @@ def load_run(folder: Path, device: torch.device) -> Run:
     checkpoint = load(folder / "checkpoint.pt")
     try:
         run = Run(folder, Recipe(**checkpoint["recipe"]), 1, device)  # the scheduler's state holds the number of steps
-        for name in run.STATES:
-            getattr(run, name).load_state_dict(checkpoint[name])
-        for name in run.VALUES:
-            setattr(run, name, checkpoint[name])
+        run.net.load_state_dict(checkpoint["net"])
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.scheduler.load_state_dict(checkpoint["scheduler"])
+        run.history, run.log, run.backend_kind = (checkpoint[name] for name in ("history", "log", "backend_kind"))
     except Exception as error:  # whatever does not fit
         raise Failure(f"{folder / 'checkpoint.pt'} was not made by this script.py") from error
     return run
@@ -479,8 +477,8 @@ def fit(run: Run, train_loader: Loader, test_loader: Loader) -> None:
         run.say(f"resumed after epoch {len(run.history)}")
     else:
         begin(run)
-    backend, line = make_backend(run.net, recipe, run.backend)
-    run.backend = backend.kind
+    backend, line = make_backend(run.net, recipe, run.backend_kind)
+    run.backend_kind = backend.kind
     run.say(line)
 
     for epoch in range(len(run.history) + 1, recipe.epochs + 1):
@@ -528,7 +526,6 @@ def evaluate(weights: Path, data_dir: Path, device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------- command line
-
 
 RECIPES = {
     "ours": Recipe(),
