@@ -278,7 +278,7 @@ def test_one_epoch_of_five_thousand_images_passes_90_percent(train_set, test_set
     script.seed_torch(1, 1)
     net, recipe = script.Net(), script.Recipe(epochs=1)
     loader = script.Loader(train_set[0][:5000], train_set[1][:5000], recipe.batch_size, recipe)
-    backend, _ = script.make_backend(net, recipe)
+    backend, _ = script.make_backend(script.EagerBackend(net), recipe)
     optimizer, scheduler = script.make_optimizer(net, recipe, len(loader))
     loss, accuracy, learning_rate, bar = script.train(backend, loader, optimizer, scheduler, 1)
     assert 0 < loss < 1.5
