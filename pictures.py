@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -26,15 +27,17 @@ def curves(history: list[dict]) -> Figure:
         losses.plot(epochs, [row[f"{kind}_loss"] for row in history], marker=".", label=kind)
         errors.plot(epochs, [100 - row[f"{kind}_accuracy"] for row in history], marker=".", label=kind)
     errors.axhline(0.6, color="grey", linestyle="--", label="99.4 % accuracy")
-    learning_rate.plot(epochs, [row["learning_rate"] for row in history], marker=".", label="at the epoch's end")
-    for axes, title in (losses, "loss"), (errors, "misread images (%)"), (learning_rate, "learning rate"):
-        axes.set(title=title, xlabel="epoch", yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    learning_rate.plot(epochs, [row["learning_rate"] for row in history], marker=".")
+    for axes in losses, errors:
+        axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter(lambda y, _: np.format_float_positional(y, trim="-"))  # not 5e-05
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
         axes.legend()
+    for axes, title in (losses, "loss"), (errors, "misread images (%)"), (learning_rate, "learning rate"):
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
     return figure
 
 
@@ -79,14 +82,11 @@ def augmentation(loader, augment: Callable) -> Figure:
     torch.manual_seed(loader.recipe.seed)
     shown = augment(originals, loader.recipe)
     shown[::10] = originals[::10]
-    return sheet(shown, ["original", *["augmented"] * 9] * len(first))
+    return sheet(shown, ["original", *["augmented"] * 9, *[""] * (len(shown) - 10)])
 
 
 def draw(history: list[dict], score, train_loader, test_loader, augment: Callable) -> dict[str, bytes]:
-    """A run's pictures as PNG files, by name, from script.py's history, Score, Loaders and augment().
-
-    They are handed over, as `import script` would load that file a second time where it is the program.
-    """
+    """A run's pictures as PNG files, by name, from script.py's own: to import that would run the program twice."""
     return {
         "curves.png": png(curves(history)),
         "confusion.png": png(confusion(score.confusion)),
