@@ -1,28 +1,22 @@
 """The companion suite of study.py; the slow test runs it over two ranks, in processes of their own."""
 
 import csv
-import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from unittest.mock import DEFAULT, Mock
 
 import pytest
+import scipy.stats
 from PIL import Image
 
 import script
 import study
-from conftest import fault
 
 STUDY = "--epochs", "2", "--holdout", "320", "--device", "cpu", "--seeds"
-# Of a finished run of seed 1 that misread 40 of the 320 held-out images at last, and none after its first epoch:
-RECIPE = json.dumps(asdict(script.Recipe(epochs=2, holdout=320, seed=1)))
-HISTORY = ",".join(script.HISTORY) + "\n1,0.1,97.5,0.05,100.0,0.02,12.25\n2,0.1,97.5,0.05,87.5,0.01,12.25\n"
-# Missing, empty, zeros, cut within a number, a column short, a row short, not finite, no percentage:
-CUT_HISTORIES = None, "", "\0" * 100, HISTORY[:-2], HISTORY[:-12], HISTORY[:-32]
-BAD_HISTORIES = *CUT_HISTORIES, HISTORY.replace("12.25", "nan"), HISTORY.replace("87.5", "1e9")
 
 
 @pytest.fixture
@@ -36,119 +30,113 @@ def run_study(folder, seeds):
     return study.main([*STUDY, seeds, "--out-dir", str(folder)])
 
 
-def finished_run(folder, seed, errors):
-    """What study.py reads of a finished run that misread so many held-out images after the last epoch."""
+def finished_run(folder, seed, errors, **recipe):
+    """What study.py reads of a finished run that misread so many of the 320 held-out images after the last epoch."""
     run = folder / f"2026-01-01_00-00-00-seed{seed}"
-    run.mkdir()
+    history = [{"test_accuracy": 100 - 100 * wrong / 320, "test_loss": 0.1, "seconds": 12.25} for wrong in (0, errors)]
+    recipe = asdict(script.Recipe(epochs=2, holdout=320, seed=seed, **recipe))
+    script.save(run / "checkpoint.pt", {"recipe": recipe, "history": history})
     (run / "model.pt").touch()
-    (run / "recipe.json").write_text(RECIPE.replace('"seed": 1', f'"seed": {seed}'))
-    (run / "history.csv").write_text(HISTORY.replace("87.5", str(100 - 100 * errors / 320)))
     return run
 
 
 def rows_of(table):
-    """A CSV file's rows without the seconds, which no two runs share."""
-    rows = csv.DictReader(table.read_text().splitlines())
-    return [{name: row[name] for name in row if name != "seconds"} for row in rows]
+    """A CSV file's rows."""
+    return list(csv.DictReader(table.read_text().splitlines()))
 
 
-def test_a_study_trains_each_seed_once_and_sums_them_up(tmp_path, capsys, few):
-    folder = tmp_path / "a study"
-    assert run_study(folder, "3, 1") == 0
-    printed = capsys.readouterr().out
-    for seed, row in zip(["1", "3"], rows_of(folder / "study.csv"), strict=True):
-        (history,) = folder.glob(f"*-seed{seed}/history.csv")
-        accuracy = float(rows_of(history)[-1]["test_accuracy"])
-        assert (row["seed"], row["accuracy"]) == (seed, f"{accuracy:.2f}")
-        assert int(row["errors"]) == pytest.approx(320 * (1 - accuracy / 100), abs=1e-3)
-        assert f"seed {seed}: {row['accuracy']}%, {row['errors']} errors" in printed
-    assert Image.open(folder / "study.png").width > 500
+def results_of(table):
+    """A study.csv's rows without the seconds, which no two runs share; none where there is no file."""
+    return [list(row.values())[:-1] for row in rows_of(table)] if table.exists() else []
 
-    before = {path: path.read_bytes() for path in folder.glob("*-seed*/*")}
-    assert len({before[path] for path in before if path.name == "model.pt"}) == 2
-    (folder / "2026-01-01_00-00-00-seed2").mkdir()  # of a run that was killed in its first epoch
-    assert run_study(folder, "1-3, 2") == 0
-    assert f"{folder}: 2 of 3 seeds are finished already" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in before} == before
-    assert [row["seed"] for row in rows_of(folder / "study.csv")] == ["1", "2", "3"]
-    assert len(list(folder.glob("*-seed*/model.pt"))) == 3
+
+def test_a_study_trains_each_seed_once_and_keeps_its_table_after_each(tmp_path, monkeypatch, capsys, few):
+    table, kept, expected, seconds = tmp_path / "study.csv", [], [], []
+
+    def note(_):
+        kept.append(results_of(table))
+        return DEFAULT
+
+    monkeypatch.setattr(script, "main", Mock(wraps=script.main, side_effect=note))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run_study(tmp_path, "3, 1") == 0
+    for seed in "1", "3":
+        (history,) = tmp_path.glob(f"*-seed{seed}/history.csv")
+        accuracy, loss = (float(rows_of(history)[-1][name]) for name in ("test_accuracy", "test_loss"))
+        expected.append([seed, f"{accuracy:.2f}", f"{320 - 3.2 * accuracy:.0f}", f"{loss:.4f}"])
+        seconds.append(sum(float(row["seconds"]) for row in rows_of(history)))
+    assert results_of(table) == expected
+    assert kept == [[], expected[:1]]  # before each seed
+    printed, left = capsys.readouterr().out, str(timedelta(seconds=round(seconds[0])))
+    progress = re.findall(r"(\d) of 2 done, (\d) running, (.*) left", printed)
+    assert progress == [("1", "1", left), ("2", "0", "0:00:00")]
+    assert re.findall("^n (.); mean", printed, re.M) == ["1", "2"]  # on a terminal at each seed's end
+    assert Image.open(tmp_path / "study.png").width > 500
+
+    (tmp_path / "2026-01-01_00-00-00-seed2").mkdir()  # of a run that was killed in its first epoch
+    assert run_study(tmp_path, "1-3, 2") == 0
+    assert [row["seed"] for row in rows_of(table)] == ["1", "2", "3"]
+    assert kept[2:] == [expected]  # one seed was trained
 
 
 @pytest.mark.slow
 def test_a_study_goes_on_with_a_seed_that_was_interrupted(tmp_path, monkeypatch, capsys, few):
     assert run_study(tmp_path / "unbroken", "5") == 0
-    epochs = [DEFAULT, KeyboardInterrupt(143), KeyboardInterrupt(), DEFAULT]  # the second only at the third attempt
-    monkeypatch.setattr(script, "train", Mock(wraps=script.train, side_effect=epochs))
-    assert [run_study(tmp_path / "broken", "5") for _ in range(3)] == [143, 130, 0]
-    assert capsys.readouterr().err.count("study.py: interrupted; the same command goes on with it\n") == 2
+    monkeypatch.setattr(script, "train", Mock(wraps=script.train, side_effect=[DEFAULT, KeyboardInterrupt, DEFAULT]))
+    assert [run_study(tmp_path / "broken", "5,6"), run_study(tmp_path / "broken", "5")] == [130, 0]
+    assert capsys.readouterr().err.splitlines()[-1] == "study.py: interrupted"
     one, other = (path.read_bytes() for path in tmp_path.glob("*/*-seed5/model.pt"))
     assert one == other
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "the following arguments are required: --seeds"),
-        *[(f"--seeds {text}", f"argument --seeds: '{text}' is no list") for text in ("x", "3-1", "1-1001", str(2**63))],
-        ("--seeds 1 --max-lr nan", "--max-lr is nan"),
-        *[(f"--seeds 1 --{flag} 1", "of script.py's flags, only those") for flag in ("seed", "resume", "evaluate")],
-    ],
-)
-def test_bad_usage_of_the_study(tmp_path, monkeypatch, capsys, arguments, message):
+@pytest.mark.parametrize("arguments", ["", "--seeds x", "--seeds 3-1", "--seeds 1-1001", "--seeds 1 --resume runs"])
+def test_bad_usage_is_one_line(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         study.main(arguments.split())
-    assert re.fullmatch(rf"(study|script)\.py: error: {message}.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"study\.py: error: .*\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_summary_is_not_of_rounded_accuracies(tmp_path, capsys):
-    for seed, errors in enumerate([4, 5, 9, 13, 21], start=1):
-        finished_run(tmp_path, seed, errors)
+def test_the_summary_is_scipys_and_not_of_rounded_accuracies(tmp_path, capsys):
+    errors = [4, 5, 9, 13, 21]
+    for seed, count in enumerate(errors, start=1):
+        (finished_run(tmp_path, seed, count) / "history.csv").write_text("altered\n")  # the checkpoint counts
     assert run_study(tmp_path, "1-5") == 0
-    spread = "standard deviation 2.161; 95% interval of the mean 94.067 to 99.433"  # by Student's t, 2.776
-    assert capsys.readouterr().out.endswith(f"\nn 5; mean 96.750%; {spread}; minimum 93.44%; maximum 98.75%\n")
+    accuracies = [100 - 100 * count / 320 for count in errors]
+    mean, deviation = scipy.stats.tmean(accuracies), scipy.stats.tstd(accuracies)
+    interval = scipy.stats.t.interval(0.95, 4, mean, scipy.stats.sem(accuracies))
+    expected = 5, mean, deviation, *interval, accuracies[-1], accuracies[0]
+    numbers = re.findall(r"\d+(?:\.\d+)?", capsys.readouterr().out.splitlines()[-1].replace("95%", ""))
+    assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.006)
+    assert [int(row["errors"]) for row in rows_of(tmp_path / "study.csv")] == errors
 
 
-@fault(
-    "a run in a study's folder is of another recipe, or its recipe.json or history.csv is missing, cut or altered",
-    "the study names it and does not count it; status 1",
-)
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        *[("history.csv", text, "is missing, cut or damaged") for text in BAD_HISTORIES],
-        *[("recipe.json", text, "its recipe.json is missing or damaged") for text in (None, "[]", RECIPE[:100])],
-        pytest.param("recipe.json", "[" * 10**5, "its recipe.json is missing or damaged", id="too deeply nested"),
-        ("recipe.json", RECIPE.replace("0.02", "0.03"), "max_lr is 0.03 there, 0.02 here"),
-    ],
-)
-def test_a_run_that_is_damaged_or_of_another_recipe_is_one_line(tmp_path, capsys, file, text, message):
-    run = finished_run(tmp_path, seed=1, errors=40)
-    (run / file).unlink()
-    if text is not None:
-        (run / file).write_text(text)
-    assert run_study(tmp_path, "1") == 1
-    assert re.fullmatch(f"study.py: error: {re.escape(str(run))}.* {message}; .*\n", capsys.readouterr().err)
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, [], {"recipe": {}, "history": []}, None])
+def test_a_run_that_is_damaged_or_of_another_recipe_is_one_line(tmp_path, capsys, content):
+    finished_run(tmp_path, seed=1, errors=40)
+    run = finished_run(tmp_path, seed=2, errors=40, max_lr=0.03)
+    if content is not None:
+        script.save(run / "checkpoint.pt", content)
+    assert run_study(tmp_path, "1,2") == 1
+    message = "is damaged or not" if content is not None else "another recipe: max_lr is 0.03 there, 0.02 here"
+    assert re.fullmatch(rf"study\.py: error: {re.escape(str(run))}.*{message}.*\n", capsys.readouterr().err)
     assert not (tmp_path / "study.csv").exists()
 
 
-@fault("a second study in the folder of one that lives", "refused; status 1; one that was killed does not hinder it")
 def test_a_second_study_is_refused_and_seeds_that_failed_are_named(tmp_path, monkeypatch, capsys):
     finished_run(tmp_path, seed=1, errors=40)
-    assert run_study(tmp_path, "1") == 0
-    assert capsys.readouterr().out.endswith("\nn 1; mean 87.500%; minimum 87.50%; maximum 87.50%\n")
     monkeypatch.setattr(script, "main", lambda flags: run_study(tmp_path, "1"))  # a study within the study, that fails
     assert run_study(tmp_path, "1-3") == 1
     refused = f"study.py: error: another study is at work in {tmp_path}; choose another --out-dir"
     assert capsys.readouterr().err.splitlines() == [refused, refused, "study.py: error: not finished: seeds 2, 3"]
+    assert results_of(tmp_path / "study.csv") == [["1", "87.50", "40", "0.1000"]]
 
 
 def test_begun_seeds_go_where_their_run_is_and_the_rest_in_turn():
     assert study.shares([1, 2, 3, 4, 5], [{}, {}]) == [[1, 3, 5], [2, 4]]
     assert study.shares([1, 2, 3, 4], [{}, {1: "run"}]) == [[2, 3], [1, 4]]
     assert study.shares([1, 2, 3], [{1: "run", 2: "run"}, {1: "run", 2: "run"}]) == [[1, 3], [2]]  # one disk
-    assert study.shares([1, 2, 3], [{}, {1: "run", 2: "run", 3: "run"}]) == [[], [1, 2, 3]]
 
 
 RANK = """\
@@ -177,12 +165,11 @@ def two_ranks(folder, seeds, killed=""):
 def test_a_rank_is_killed_and_the_next_study_goes_on_where_its_run_is(tmp_path, few, folder, killed):
     begun = killed + 1  # the seed; without a common disk it would be the other rank's turn
     assert two_ranks(tmp_path / folder, "1,2", killed).returncode != 0
-    assert not list(tmp_path.glob("disk*/study.csv"))
     again = two_ranks(tmp_path / folder, f"{begun},3")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("n 2; mean") == 1  # one table, the first rank's
     assert run_study(tmp_path / "alone", f"{begun},3") == 0
     (table,) = tmp_path.glob("disk*/study.csv")
-    assert rows_of(table) == rows_of(tmp_path / "alone" / "study.csv")
+    assert results_of(table) == results_of(tmp_path / "alone" / "study.csv")
     (run,) = tmp_path.glob(f"disk*/*-seed{begun}")  # resumed, not begun anew
     assert "resumed after epoch 1\n" in (run / "train.log").read_text(encoding="utf-8")
