@@ -1,4 +1,4 @@
-"""What training costs: script.py beside the loop that everybody writes.
+"""What training costs on a processor: script.py beside the loop that everybody writes.
 
 It prints one table, in under five minutes on two cores. Every row trains the same network on the same images and then
 evaluates it on a sixth as many, as an epoch does on 60,000 and 10,000; the stock loop with the source document's
@@ -29,6 +29,7 @@ import script
 
 IMAGES, REPEATS = 3840, 7  # 120 steps of 32 images, an evaluation of 640
 STEPS = 37_500  # of the schedule: as in a whole run, and more than are taken here
+CPU = torch.device("cpu")
 Work = Callable[[], None]
 
 
@@ -49,12 +50,12 @@ def stock_data(images: int) -> tuple[Dataset, Dataset]:
     return Subset(train_set, range(images)), Subset(test_set, range(images // 6))
 
 
-def stock(data: tuple[Dataset, Dataset], workers: int, device: torch.device) -> Work:
+def stock(data: tuple[Dataset, Dataset], workers: int) -> Work:
     """The usual epoch: a DataLoader that transforms image by image, loss.item() for the bar, then the evaluation."""
     options = {"num_workers": workers, "persistent_workers": workers > 0}
     train_loader = DataLoader(data[0], batch_size=32, shuffle=True, **options)
     test_loader = DataLoader(data[1], batch_size=1000, **options)
-    net = script.Net("relu").to(device)
+    net = script.Net("relu")
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=STEPS)
 
@@ -63,7 +64,6 @@ def stock(data: tuple[Dataset, Dataset], workers: int, device: torch.device) -> 
         with open(os.devnull, "w") as nowhere:
             bar = tqdm(train_loader, file=nowhere)
             for images, labels in bar:
-                images, labels = images.to(device), labels.to(device)
                 optimizer.zero_grad()
                 loss = F.nll_loss(net(images), labels)
                 loss.backward()
@@ -74,7 +74,6 @@ def stock(data: tuple[Dataset, Dataset], workers: int, device: torch.device) -> 
         test_loss, right = 0.0, 0
         with torch.no_grad():
             for images, labels in test_loader:
-                images, labels = images.to(device), labels.to(device)
                 output = net(images)
                 test_loss += F.nll_loss(output, labels, reduction="sum").item()
                 right += (output.argmax(dim=1) == labels).sum().item()
@@ -82,16 +81,16 @@ def stock(data: tuple[Dataset, Dataset], workers: int, device: torch.device) -> 
     return epoch
 
 
-def ours(recipe: script.Recipe, images: int, device: torch.device) -> tuple[Work, Work, str]:
+def ours(recipe: script.Recipe, images: int) -> tuple[Work, Work, str]:
     """script.py's epoch, as many bare steps on one batch that is ready, and the log's line on the backend."""
-    train_set, test_set = (script.load_mnist(script.HERE / "data", train, device) for train in (True, False))
+    train_set, test_set = (script.load_mnist(script.HERE / "data", train, CPU) for train in (True, False))
     train_loader = script.Loader(*(part[:images] for part in train_set), recipe.batch_size, recipe)
-    test_loader = script.Loader(*(part[: images // 6] for part in test_set), 1000)
+    test_loader = script.Loader(*(part[: images // 6] for part in test_set))
     script.seed_torch(recipe.seed, 0)
-    net = script.Net(recipe.activation).to(device)
+    net = script.Net(recipe.activation)
     backend, line = script.make_backend(net, recipe)
     optimizer, scheduler = script.make_optimizer(net, recipe, STEPS)
-    batch = [part.contiguous() for part in next(iter(train_loader))]
+    batch = next(iter(train_loader))
 
     def epoch() -> None:
         script.train(backend, train_loader, optimizer, scheduler, 1)
@@ -99,9 +98,12 @@ def ours(recipe: script.Recipe, images: int, device: torch.device) -> tuple[Work
 
     def bare_steps() -> None:
         net.train()
+        threads = torch.get_num_threads()
         for _ in range(len(train_loader)):
             backend.forward_backward(*batch)
+            torch.set_num_threads(1)  # as in train()
             optimizer.step()
+            torch.set_num_threads(threads)
             scheduler.step()
 
     return epoch, bare_steps, line
@@ -118,21 +120,21 @@ class Row:
     times: list[float] = field(default_factory=list)
 
 
-def make_rows(images: int, device: torch.device) -> tuple[list[Row], str]:
+def make_rows(images: int) -> tuple[list[Row], str]:
     """The table's rows, and the log's line on the backend of "script.py, as run"."""
     cores = torch.get_num_threads()
-    eager_epoch, _, _ = ours(script.Recipe(compile=False), images, device)  # first, for it verifies the archives
+    eager_epoch, _, _ = ours(script.Recipe(compile=False), images)  # first, for it verifies the archives
     data = stock_data(images)
-    rows = [Row(f"stock loop, workers: {n}", cores, stock(data, n, device), images) for n in (0, 1, 2)]
+    rows = [Row(f"stock loop, workers: {n}", cores, stock(data, n), images) for n in (0, 1, 2)]
     rows.append(Row("script.py, eager", cores, eager_epoch, images))
     # The limit: a step's arithmetic as one large matrix product, which is as fast as the machine gets.
     with FlopCounterMode(display=False) as counter:
         script.Net()(torch.rand(1, 1, 28, 28))
     worth = 2 * 2048**3 / (3 * counter.get_total_flops())  # images: forward, and twice as much backward
-    matrix = torch.rand(2048, 2048, device=device)
-    for threads in sorted({1, cores}) if device.type == "cpu" else [cores]:
+    matrix = torch.rand(2048, 2048)
+    for threads in sorted({1, cores}):
         torch.set_num_threads(threads)
-        epoch, bare_steps, line = ours(script.Recipe(), images, device)
+        epoch, bare_steps, line = ours(script.Recipe(), images)
         rows.append(Row("script.py, as run", threads, epoch, images))
         rows.append(Row("bare step", threads, bare_steps, images))
         rows.append(Row("matrix-rate limit", threads, lambda: (matrix @ matrix)[0, 0].item(), worth))
@@ -140,8 +142,7 @@ def make_rows(images: int, device: torch.device) -> tuple[list[Row], str]:
 
 
 def measure(rows: list[Row], repeats: int) -> None:
-    """Let the rows take turns, and put down their times."""
-    cores = torch.get_num_threads()
+    """Time the rows in turns; torch is left with the threads of the last."""
     for repeat in range(1 + repeats):
         for row in rows:
             torch.set_num_threads(row.threads)
@@ -149,7 +150,6 @@ def measure(rows: list[Row], repeats: int) -> None:
             row.work()
             if repeat > 0:  # the first warms up
                 row.times.append(1000 * (time.perf_counter() - start) / (row.images / 32))
-    torch.set_num_threads(cores)
 
 
 def print_table(rows: list[Row]) -> None:
@@ -162,18 +162,16 @@ def print_table(rows: list[Row]) -> None:
         numbers = f"{row.threads:8}{32_000 / median:10,.0f}{median:9.2f}"
         spread = f"{min(row.times):.2f}-{max(row.times):.2f}"
         print(f"{row.name:24}{numbers}{spread:>15}{stock_best / median:13.2f}{limit / median:14.1%}")
-    bare, whole = (medians[name, torch.get_num_threads()] for name in ("bare step", "script.py, as run"))
+    bare, whole = (medians[name, rows[-1].threads] for name in ("bare step", "script.py, as run"))
     print(f"\nof an epoch, all but its bare steps: {1 - bare / whole:.1%}")
 
 
 def bench() -> int:
     """Measure, and print the machine and the table."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    rows, line = make_rows(IMAGES, device)
+    rows, line = make_rows(IMAGES)
     measure(rows, REPEATS)
-    print(f"{name}; {device.type}; torch {torch.__version__}; {line}")
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    print(f"{cpu}; torch {torch.__version__}; {line}")
     print(f"{REPEATS} repeats of {IMAGES:,} images, in turns: milliseconds for 32 of them, medians and extremes\n")
     print_table(rows)
     return 0
@@ -181,7 +179,7 @@ def bench() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 success, 1 failure, 130 Ctrl-C."""
-    script.Parser("bench.py", description="What training costs, beside the stock loop.").parse_args(argv)
+    script.Parser("bench.py", description="What training costs, on the processor.").parse_args(argv)
     return script.run_command("bench.py", bench)
 
 

@@ -10,6 +10,7 @@ from there and goes on with the others, from their last epoch.
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import sys
@@ -44,7 +45,7 @@ def seed_list(text: str) -> list[int]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, with the flags for script.py and the recipe that they make; exits with 2 on bad usage."""
-    text = "Accuracy over many seeds. script.py's flags for training pass through: see python script.py --help"
+    text = "Accuracy over many seeds. script.py's flags for a new run pass through: see python script.py --help"
     parser = script.Parser("study.py", description=text, allow_abbrev=False)
     parser.add_argument("--seeds", type=seed_list, required=True, metavar="LIST", help="as 1-20 or 1,2,5-8")
     parser.add_argument("--out-dir", type=Path, help="the study's folder (default: runs/study-<the other flags>)")
@@ -57,31 +58,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_history(run: Path, recipe: script.Recipe) -> History:
-    """What the run has done, from its checkpoint. Raises Failure where that is damaged or of another recipe."""
-    path, wanted = run / "checkpoint.pt", asdict(recipe).items()
+def read_history(checkpoint: Path, recipe: script.Recipe) -> History:
+    """What a run has done, from its checkpoint. Raises Failure where that is damaged or of another recipe."""
+    run, wanted = checkpoint.parent, asdict(recipe).items()
     try:
-        checkpoint = script.load(path)
-        history, theirs = checkpoint["history"], checkpoint["recipe"]
+        content = script.load(checkpoint)
+        history, theirs = content["history"], content["recipe"]
         other = [f"{name} is {theirs[name]} there, {ours} here" for name, ours in wanted if theirs[name] != ours]
     except (script.Failure, TypeError, KeyError) as error:
-        raise script.Failure(f"{path} is damaged or not script.py's; move {run} away to train anew") from error
+        raise script.Failure(f"{checkpoint} is damaged or not script.py's; move {run} away to train anew") from error
     if other:
         raise script.Failure(f"{run} is a run of another recipe: {other[0]}; move it away or choose another --out-dir")
     return history
 
 
 def survey(folder: Path, seeds: list[int], recipe: script.Recipe) -> tuple[dict[int, History], dict[int, Path]]:
-    """The history of each finished seed in the folder, and the run of each that can be resumed."""
+    """The history of each finished seed in the folder, and the run of each that can be resumed. Raises Failure."""
     finished, begun = {}, {}
     for seed in seeds:
-        for run in sorted(folder.glob(f"*-seed{seed}")):
-            if (run / "checkpoint.pt").exists():
-                history = read_history(run, replace(recipe, seed=seed))
-                if (run / "model.pt").exists():
-                    finished[seed] = history
-                else:
-                    begun[seed] = run
+        for checkpoint in sorted(folder.glob(f"*-seed{seed}/checkpoint.pt")):
+            history = read_history(checkpoint, replace(recipe, seed=seed))
+            if checkpoint.with_name("model.pt").exists():
+                finished[seed] = history
+            else:
+                begun[seed] = checkpoint.parent
     return finished, begun
 
 
@@ -175,7 +175,7 @@ def shares(seeds: list[int], begun: list[dict[int, Path]]) -> list[list[int]]:
 def train_seed(args: argparse.Namespace, seed: int, run: Path | None) -> bool:
     """Train the seed, from the last epoch of its run where there is one; whether it was finished."""
     anew = [*args.flags, "--seed", str(seed), f"--out-dir={args.out_dir}"]
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):  # see its train.log
+    with contextlib.redirect_stdout(io.StringIO()):  # what it prints is in its train.log
         status = script.main([f"--resume={run}", *args.resume_flags] if run else anew)
     if status == 130:
         raise KeyboardInterrupt
