@@ -6,6 +6,7 @@ values and augmentation, script.py with its own. The rows take turns in one proc
 are compared, so that a noisy machine slows all alike.
 """
 
+import argparse
 import os
 import platform
 import shutil
@@ -88,7 +89,7 @@ def ours(recipe: script.Recipe, images: int) -> tuple[Work, Work, str]:
     test_loader = script.Loader(*(part[: images // 6] for part in test_set))
     script.seed_torch(recipe.seed, 0)
     net = script.Net(recipe.activation)
-    backend, line = script.make_backend(net, recipe)
+    backend, line = script.make_backend(script.EagerBackend(net), recipe)
     optimizer, scheduler = script.make_optimizer(net, recipe, STEPS)
     batch = next(iter(train_loader))
 
@@ -179,7 +180,7 @@ def bench() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 success, 1 failure, 130 Ctrl-C."""
-    script.Parser("bench.py", description="What training costs, on the processor.").parse_args(argv)
+    argparse.ArgumentParser("bench.py", usage=argparse.SUPPRESS, description=__doc__).parse_args(argv)
     return script.run_command("bench.py", bench)
 
 

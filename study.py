@@ -45,8 +45,8 @@ def seed_list(text: str) -> list[int]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, with the flags for script.py and the recipe that they make; exits with 2 on bad usage."""
-    text = "Accuracy over many seeds. script.py's flags for a new run pass through: see python script.py --help"
-    parser = script.Parser("study.py", description=text, allow_abbrev=False)
+    parser = argparse.ArgumentParser("study.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of __doc__
     parser.add_argument("--seeds", type=seed_list, required=True, metavar="LIST", help="as 1-20 or 1,2,5-8")
     parser.add_argument("--out-dir", type=Path, help="the study's folder (default: runs/study-<the other flags>)")
     args, args.flags = parser.parse_known_args(argv)
