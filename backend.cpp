@@ -269,10 +269,10 @@ struct Block {
 
 // pixels: (batch, 28, 28). Where fewer than LANES images are left, blank ones fill the block.
 static void read(const float* pixels, int image, int batch, Block& b) {
-    for (int lane = 0; lane < LANES; lane++)
-        for_pixels(b.x, [&](int h, int w) {
+    for_pixels(b.x, [&](int h, int w) {
+        for (int lane = 0; lane < LANES; lane++)
             b.x(0, h, w)[lane] = image + lane < batch ? pixels[(image + lane) * 784 + h * 28 + w] : 0;
-        });
+    });
 }
 
 // From z6 to the log-probabilities.

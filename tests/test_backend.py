@@ -214,12 +214,11 @@ int main() {  // every buffer is as large as it must be, and no larger
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activation", script.ACTIVATIONS)
 @pytest.mark.parametrize("flags", LANES)
-def test_it_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path, flags, activation):
+def test_it_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path, flags):
     sizes = [buffer.nbytes // 4 for buffer in script.Net().buffers()]
     (tmp_path / "main.cpp").write_text(SANITIZED.replace("SIZES", str(sizes).strip("[]")))
-    line = [COMPILER, "-std=c++20", "-O1", "-pthread", "-I", HERE, *flags.split(), f"-D{activation.upper()}"]
+    line = [COMPILER, "-std=c++20", "-O1", "-pthread", "-I", HERE, *flags.split(), "-DHARDSWISH"]
     line += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", "main", "main.cpp"]
     built = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:  # the sanitizers' libraries
