@@ -50,10 +50,10 @@ def load_library(compiler: tuple[str, ...], source: Path, activation: str) -> ct
     # The folder is removed at once, except on Windows: a library that is kept would crash on another machine.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = str(Path(folder) / "backend.so")
-        flags = "-std=c++20", "-O3", "-shared", "-static-libstdc++" if WINDOWS else "-fPIC", "-pthread", f"-D{activation.upper()}"
+        flags = "-std=c++20", "-O3", "-shared", "-static-libstdc++" if WINDOWS else "-fPIC", "-pthread"
         env = os.environ | {"TMPDIR": folder}  # for the temporary files of a compiler that is interrupted
         for extra in ([native], []):  # not every compiler knows it
-            command = [*compiler, *flags, *extra, str(source), "-o", file]
+            command = [*compiler, *flags, *extra, f"-D{activation.upper()}", str(source), "-o", file]
             done = subprocess.run(command, env=env, timeout=300, capture_output=True, text=True, errors="replace")
             if done.returncode == 0:
                 break
