@@ -87,6 +87,8 @@ class CompiledBackend:
         count = sum(parameter.numel() for parameter in self.parameters if parameter.requires_grad)
         if count != 15_440:  # or a part is frozen, and backend.cpp writes a gradient for each
             raise RuntimeError("backend.cpp is for another network")
+        if self.parameters[0].device.type != "cpu":
+            raise RuntimeError("backend.cpp is for the CPU")
         self.library = load_library(find_compiler(), SOURCE, self.net.get_extra_state())
         self.lanes = self.library.lanes()
         self.result = torch.zeros(count + 2)  # all gradients, the mean loss, the number right

@@ -311,6 +311,7 @@ def make_backend(eager: EagerBackend, recipe: Recipe, kind: str | None = None):
             from backend import compiled_backend
 
             backend, reason = compiled_backend(eager, recipe.batch_size, timed=kind is None)
+            reason = reason or "as the run began"
         except Exception as error:  # whatever the C++ backend or its compiler lacks, PyTorch does without it
             reason = str(error)
     return backend, f"backend: {backend.kind}, float32, threads: {torch.get_num_threads()} ({reason})"

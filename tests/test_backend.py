@@ -123,13 +123,15 @@ def test_the_faster_backend_is_chosen_and_choosing_changes_nothing_in_a_run(monk
     net, seconds = script.Net(), {"compiled": 1.0, "eager": 2.0}
     monkeypatch.setattr(backend, "timeit", lambda run, number: seconds[run.func.__self__.kind])
     state = copy.deepcopy([*net.parameters(), *net.buffers()]), torch.get_rng_state()
-    assert script.make_backend(net, script.Recipe())[0].kind == "compiled"
-    assert script.make_backend(net, script.Recipe(), "eager")[0].kind == "eager"  # as before it was resumed
+    assert script.make_backend(script.EagerBackend(net), script.Recipe())[0].kind == "compiled"
+    assert (
+        script.make_backend(script.EagerBackend(net), script.Recipe(), "eager")[0].kind == "eager"
+    )  # as before it was resumed
     seconds["compiled"] = 3.0
-    chosen, line = script.make_backend(net, script.Recipe())
+    chosen, line = script.make_backend(script.EagerBackend(net), script.Recipe())
     assert chosen.kind == "eager"
     assert line.endswith("(compiled is slower: 3000.0 ms a batch, eager 2000.0)")
-    assert script.make_backend(net, script.Recipe(), "compiled")[0].kind == "compiled"
+    assert script.make_backend(script.EagerBackend(net), script.Recipe(), "compiled")[0].kind == "compiled"
     torch.testing.assert_close(([*net.parameters(), *net.buffers()], torch.get_rng_state()), state, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in net.parameters())
 
@@ -143,7 +145,7 @@ def test_one_batch_that_rounding_decides_does_not_cost_the_compiled_backend(monk
         return loss * (1.1 if len(calls) == 1 else 1), right
 
     monkeypatch.setattr(backend.CompiledBackend, "forward_backward", rounded)
-    assert script.make_backend(script.Net(), script.Recipe(), "compiled")[0].kind == "compiled"
+    assert script.make_backend(script.EagerBackend(script.Net()), script.Recipe(), "compiled")[0].kind == "compiled"
     assert len(calls) > 1
     assert not torch.equal(*calls[:2])
 
@@ -151,7 +153,7 @@ def test_one_batch_that_rounding_decides_does_not_cost_the_compiled_backend(monk
 @pytest.mark.slow
 def test_without_a_backend_that_can_be_trusted_it_trains_eagerly_and_says_why(tmp_path, monkeypatch):
     def said(net=None, **recipe):
-        _, line = script.make_backend(net or script.Net(), script.Recipe(**recipe))
+        _, line = script.make_backend(script.EagerBackend(net or script.Net()), script.Recipe(**recipe))
         return re.fullmatch(r"backend: eager, float32, threads: \d+ \((.*)\)", line)[1]
 
     average_pool, channel_dropout, wider, frozen = (script.Net() for _ in range(4))  # as a reader might try
