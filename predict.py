@@ -9,6 +9,7 @@ paper are no digits. Each digit is made into a 28x28 field as MNIST's own were, 
 ink are possible, one digit or two, with a printed line or without, the network's more probable one stands.
 """
 
+import contextlib
 import functools
 import io
 import itertools
@@ -156,7 +157,7 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def ink(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def ink(colours: np.ndarray, dark: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
     """How much darker, lighter or otherwise coloured each pixel is than its paper, as a share of the light there.
 
     From (H, W, 3) in [0, 255] to ink (H, W), the same without its finest grain, and the least that is not noise.
@@ -168,7 +169,7 @@ def ink(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     papers, weights = [], []
     for channel in np.moveaxis(small, 2, 0):
         # Dark ink or light? Where it is the right one, the paper is smooth and the ink has few edges.
-        ways = [(sign, sign * without_ink(sign * channel)) for sign in (-1, 1)]
+        ways = [(sign, sign * without_ink(sign * channel)) for sign in ((-1,) if dark else (-1, 1))]
         sign, paper = min(ways, key=lambda way: roughness(way[1]) + 0.8 * roughness(channel - way[1]))
         papers.append(paper)
         weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
@@ -242,13 +243,14 @@ def weighted_median(values: list[float], weights: list[float]) -> float:
 
 
 def usual_height(marks: list[Mark]) -> float:
-    """The median height, to which a mark counts by its size: many digits outweigh a few specks, or one edge."""
-    return weighted_median([mark.box.height for mark in marks], [mark.box.size for mark in marks])
+    """The median height, to which a mark counts by its height: a few digits outweigh many specks or lines."""
+    heights = [mark.box.height for mark in marks]
+    return weighted_median(heights, heights)
 
 
 def usual_contrast(marks: list[Mark]) -> float:
-    """The median contrast, to which a mark counts by its size and contrast."""
-    return weighted_median([mark.contrast for mark in marks], [mark.contrast * mark.box.size for mark in marks])
+    """The median contrast, to which a mark counts by its height and contrast."""
+    return weighted_median([mark.contrast for mark in marks], [mark.contrast * mark.box.height for mark in marks])
 
 
 def partition(marks: list[Mark], chosen: np.ndarray) -> tuple[list[Mark], list[Mark]]:
@@ -291,9 +293,10 @@ def join_broken(marks: list[Mark], shape: tuple[int, int], reach: float | None) 
     A dot, a mark that is hardly longer than strokes are wide, is no digit but part of what is next to it.
     """
     width = weighted_median([stroke_width(mark.mask) for mark in marks], [mark.mask.sum() for mark in marks])
-    mask, dots = canvas(marks, shape), canvas([mark for mark in marks if mark.box.size < 3 * width], shape)
-    if dots.any():
-        marks = joined(marks, mask | (ndimage.distance_transform_edt(~dots) <= 1.5 * width))
+    mask, dots = canvas(marks, shape), [mark for mark in marks if mark.box.size < 3 * width]
+    if dots:
+        near = 1.5 * min(width, np.median([mark.box.size for mark in dots]))
+        marks = joined(marks, mask | (ndimage.distance_transform_edt(~canvas(dots, shape)) <= near))
     reach = reach or REACH * usual_height(marks)
     return joined(marks, ndimage.distance_transform_edt(~mask) <= reach)
 
@@ -317,34 +320,40 @@ def part_frames(mask: np.ndarray, strength: np.ndarray, reach: float | None = No
 
 
 def lines_across(mask: np.ndarray) -> np.ndarray:
-    """The pixels of long thin lines in a mask (H, W) from left to right, but where a digit crosses them."""
+    """The pixels of long thin lines in a mask (H, W) that run from left to right."""
     ink, width, reach = mask.astype(np.uint8), mask.shape[1], max(1, min(mask.shape) // 300)
     bar = int(max(6, width / 12, min(4 * stroke_width(mask), width / 4)))
     sloping = ndimage.maximum_filter1d(ink, 2 * reach + 1, axis=0)
-    runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(sloping, bar, axis=1), bar, axis=1, origin=-1 + bar % 2)
-    runs &= ink
-    labels, line = ndimage.label(ndimage.maximum_filter(runs, 2 * reach + 1), NEIGHBOURS)[0] * runs, np.zeros_like(mask)
+    runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(sloping, bar), bar, origin=-1 + bar % 2) & ink
+    labels = ndimage.label(ndimage.maximum_filter(runs, 2 * reach + 1), NEIGHBOURS)[0] * runs
+    line = np.zeros_like(mask)
     for number, place in enumerate(ndimage.find_objects(labels), 1):
         part = labels[place] == number
         tall, long = part.shape
         if long >= 0.45 * width and part.sum() <= long**2 / 8 and tall <= long / 6:
             line[place] |= part
-    rest, near = (mask & ~line).astype(np.uint8), max(3, min(mask.shape) // 60)
-    above = ndimage.maximum_filter1d(rest, near, axis=0, origin=(near - 1) // 2)
-    below = ndimage.maximum_filter1d(rest, near, axis=0, origin=-(near // 2))
-    return line & ~((ndimage.maximum_filter1d(above, 3) & ndimage.maximum_filter1d(below, 3)) > 0)
+    return line
+
+
+def crossed(line: np.ndarray, digits: np.ndarray) -> np.ndarray:
+    """The pixels of lines from left to right (H, W) that have a digit's ink near by, both above and below."""
+    near, ink = max(3, min(line.shape) // 60), digits.astype(np.uint8)
+    above = ndimage.maximum_filter1d(ink, near, axis=0, origin=(near - 1) // 2)
+    below = ndimage.maximum_filter1d(ink, near, axis=0, origin=-(near // 2))
+    return line & (ndimage.maximum_filter1d(above, 3) & ndimage.maximum_filter1d(below, 3) > 0)
 
 
 def find_lines(mask: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """The pixels of lines in a mask (H, W), across and down, that are longer than the digits which they leave."""
-    line = lines_across(mask) | lines_across(mask.T).T
-    if not line.any():
-        return line
-    labels, _ = ndimage.label(line, NEIGHBOURS)
-    marks = digit_like(find_marks(mask & ~line, strength), mask.shape)
-    usual = usual_height(marks) if marks else math.inf
-    long = [max(y.stop - y.start, x.stop - x.start) > 1.3 * usual for y, x in ndimage.find_objects(labels)]
-    return np.array([False, *long])[labels]
+    """The pixels of lines in a mask (H, W), across and down, that are longer than the digits, but no digit's."""
+    across, down = lines_across(mask), lines_across(mask.T).T
+    labels, number = ndimage.label(across | down, NEIGHBOURS)
+    marks = digit_like(find_marks(mask & (labels == 0), strength), mask.shape)
+    if not number or not marks:
+        return labels > 0
+    least = 1.3 * usual_height(marks)
+    long = [max(y.stop - y.start, x.stop - x.start) > least for y, x in ndimage.find_objects(labels)]
+    line = np.array([False, *long])[labels]
+    return line & ~crossed(across, mask & ~line) & ~crossed(down.T, (mask & ~line).T).T
 
 
 # ---------------------------------------------------------------- fields
@@ -471,7 +480,7 @@ def split(digit: Digit, strength: np.ndarray, net: Net, most: int = 4) -> list[D
     best, sure = [digit], max(0.8, digit.certainty + 0.05)
     parts = iter(read_marks([part for pair in cuts(digit.mark) for part in pair], strength, net))
     pairs = sorted(zip(parts, parts, strict=True), key=lambda pair: -pair[0].certainty)
-    for left, right in pairs[:4]:
+    for left, right in pairs[:2]:
         if left.certainty > sure:
             rest = split(right, strength, net, most - 1)
             if (least := min(part.certainty for part in (left, *rest))) > sure:
@@ -480,6 +489,9 @@ def split(digit: Digit, strength: np.ndarray, net: Net, most: int = 4) -> list[D
 
 
 # ---------------------------------------------------------------- reading
+
+
+LEAST = 0.5
 
 
 def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float | None = None) -> Reading:
@@ -495,7 +507,9 @@ def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float | N
     digits = join(read_marks(marks, strength, net), strength, net)
     left_out, kept = left_out + out, []
     for digit in digits:
-        if 0.35 * usual <= digit.box.height <= 2.5 * usual and digit.box.width < 8 * usual:
+        if digit.certainty < LEAST and len(digits) > 1 and digit.box.width < digit.box.height:
+            left_out.append(digit.mark)
+        elif 0.35 * usual <= digit.box.height <= 2.5 * usual and digit.box.width < 8 * usual:
             kept += split(digit, strength, net)
         else:
             left_out.append(digit.mark)
@@ -523,20 +537,25 @@ def look(picture: Image.Image, net: Net) -> Reading:
     """Read a picture. All boxes are in pixels of the picture as it is shown, upright."""
     try:
         try:
-            sharp, strength, faintest = ink(flatten(picture, "white"))
+            inked = ink(colours := flatten(picture, "white"))
         except Failure:  # white ink on transparency, perhaps
-            sharp, strength, faintest = ink(flatten(picture, "black"))
-        reading = read_ink(sharp, strength, faintest, net)
+            inked = ink(colours := flatten(picture, "black"))
+        reading = read_ink(*inked, net)
+        with contextlib.suppress(Failure):  # light paper on a dark desk was taken for ink, perhaps
+            dark = ink(colours, dark=True)
+            if not np.array_equal(dark[1], inked[1]):
+                other = read_ink(*dark, net)
+                reading = other if other.worth > 2 * reading.worth else reading
     except Failure as failure:
         return Reading([], [], str(failure))
-    enlarged = max(picture.size) / max(strength.shape)
+    enlarged = max(picture.size) / max(colours.shape)
 
     def shown(mark: Mark) -> Mark:
         left, top, right, bottom = (side * enlarged for side in mark.box)
         return mark._replace(box=Box(int(left), int(top), math.ceil(right), math.ceil(bottom)))
 
     rows = [[digit._replace(mark=shown(digit.mark)) for digit in row] for row in reading.rows]
-    left_out, shortest = [shown(mark) for mark in reading.left_out], max(5, min(strength.shape) / 40)
+    left_out, shortest = [shown(mark) for mark in reading.left_out], max(5, min(colours.shape[:2]) / 40)
     if not rows or usual_height([digit.mark for digit in reading.digits]) < shortest:
         return Reading([], left_out, "nothing on it has the size and shape of a digit")
     return Reading(rows, left_out)
