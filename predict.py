@@ -444,10 +444,11 @@ def may_be_one(one, other):
 def cuts(mark: Mark) -> list[tuple[Mark, Mark]]:
     """The ways to cut a mark in two along a straight line through little ink, the least ink first."""
     (height, width), edge = mark.mask.shape, max(1, mark.box.height // 10)
-    if ndimage.label(mark.mask, NEIGHBOURS)[1] > 3:  # a broken stroke, which has gaps anywhere
+    stroke = stroke_width(mark.mask)
+    if ndimage.label(mark.mask, NEIGHBOURS)[1] > 3 or stroke > 0.35 * height:  # a broken stroke, or no stroke at all
         return []
     wide = width > 1.4 * height
-    most, ways = (4 if wide else 3) * stroke_width(mark.mask), []
+    most, ways = (4 if wide else 3) * stroke, []
     down, across = np.mgrid[:height, :width]
     for slope in (-0.2, 0, 0.2, 0.4, 0.6):
         upright = np.round(across + slope * (down - height / 2)).astype(int)  # the column after the slope is taken out
@@ -480,7 +481,7 @@ def split(digit: Digit, strength: np.ndarray, net: Net, most: int = 4) -> list[D
     best, sure = [digit], max(0.8, digit.certainty + 0.05)
     parts = iter(read_marks([part for pair in cuts(digit.mark) for part in pair], strength, net))
     pairs = sorted(zip(parts, parts, strict=True), key=lambda pair: -pair[0].certainty)
-    for left, right in pairs[:2]:
+    for left, right in pairs[:most]:
         if left.certainty > sure:
             rest = split(right, strength, net, most - 1)
             if (least := min(part.certainty for part in (left, *rest))) > sure:
