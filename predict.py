@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -478,7 +479,7 @@ def split(digit: Digit, strength: np.ndarray, net: Net, most: int = 4) -> list[D
     """The digit, or those that touch in it, at most this many cuts, where the network is surer of each of them."""
     if digit.certainty > 0.9 or not most:
         return [digit]
-    best, sure = [digit], max(0.8, digit.certainty + 0.05)
+    best, sure = [digit], max(0.9, digit.certainty + 0.05)
     parts = iter(read_marks([part for pair in cuts(digit.mark) for part in pair], strength, net))
     pairs = sorted(zip(parts, parts, strict=True), key=lambda pair: -pair[0].certainty)
     for left, right in pairs[:most]:
@@ -492,7 +493,7 @@ def split(digit: Digit, strength: np.ndarray, net: Net, most: int = 4) -> list[D
 # ---------------------------------------------------------------- reading
 
 
-LEAST = 0.5
+LEAST = 0.5  # a digit that is less certain, among others, is no digit
 
 
 def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float | None = None) -> Reading:
@@ -510,7 +511,7 @@ def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float | N
     for digit in digits:
         if digit.certainty < LEAST and len(digits) > 1 and digit.box.width < digit.box.height:
             left_out.append(digit.mark)
-        elif 0.35 * usual <= digit.box.height <= 2.5 * usual and digit.box.width < 8 * usual:
+        elif 0.35 * usual <= digit.box.height <= 2 * usual and digit.box.width < 8 * usual:
             kept += split(digit, strength, net)
         else:
             left_out.append(digit.mark)
@@ -748,7 +749,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.seen and (len(args.pictures) != 1 or Path(args.pictures[0]).is_dir()):
         parser.error("--seen goes with one picture")
-    if args.seen and (args.seen.suffix != ".png" or (args.seen.exists() and not is_own(args.seen))):
+    if args.seen and (args.seen.suffix != ".png" or (os.path.exists(args.seen) and not is_own(args.seen))):
         parser.error(f"--seen {args.seen}: not a new file that ends in .png, nor one that --seen drew")
     return run_command("predict.py", lambda: predict(args.pictures, load_net(args.weights), args.json, args.seen))
 
