@@ -285,11 +285,8 @@ def joined(marks: list[Mark], grown: np.ndarray) -> list[Mark]:
     return [union(group) for group in groups.values()]
 
 
-REACH = 0.04
-
-
 def join_broken(marks: list[Mark], shape: tuple[int, int], reach: float | None) -> list[Mark]:
-    """The marks, with strokes as one that are broken by less than reach, or by a twentieth of the usual height.
+    """The marks, with strokes as one that are broken by less than twice this reach, or 0.04 of the usual height.
 
     A dot, a mark that is hardly longer than strokes are wide, is no digit but part of what is next to it.
     """
@@ -298,7 +295,7 @@ def join_broken(marks: list[Mark], shape: tuple[int, int], reach: float | None) 
     if dots:
         near = 1.5 * min(width, np.median([mark.box.size for mark in dots]))
         marks = joined(marks, mask | (ndimage.distance_transform_edt(~canvas(dots, shape)) <= near))
-    reach = reach or REACH * usual_height(marks)
+    reach = reach or 0.04 * usual_height(marks)
     return joined(marks, ndimage.distance_transform_edt(~mask) <= reach)
 
 
@@ -411,12 +408,16 @@ def read_marks(marks: list[Mark], strength: np.ndarray, net: Net) -> list[Digit]
 # ---------------------------------------------------------------- one digit or two
 
 
-def is_one_digit(one: Box, other: Box) -> bool:
-    """Whether two marks may be one digit's: one above the other, near by, and a part of a digit by its height."""
-    short, tall = sorted((one.height, other.height))
-    shared = min(one.right, other.right) - max(one.left, other.left)
-    gap = max(one.top, other.top) - min(one.bottom, other.bottom)
-    return shared > 0.5 * min(one.width, other.width) and gap < 0.4 * tall and short < 0.7 * tall
+def may_be_one(one: Digit, other: Digit) -> bool:
+    """Whether two marks may be one digit's: a part above the other, or, if one is in doubt, with hardly a gap."""
+    a, b = one.box, other.box
+    short, tall = sorted((a.height, b.height))
+    beside, above = max(a.left, b.left) - min(a.right, b.right), max(a.top, b.top) - min(a.bottom, b.bottom)
+    if -beside > 0.5 * min(a.width, b.width) and above < 0.4 * tall and short < 0.7 * tall:
+        return True
+    whole = union([one.mark, other.mark]).box
+    doubt = min(one.certainty, other.certainty) <= 0.9
+    return doubt and max(beside, above) < 0.1 * tall and whole.width < whole.height < 1.5 * tall
 
 
 def join(digits: list[Digit], strength: np.ndarray, net: Net) -> list[Digit]:
@@ -428,18 +429,6 @@ def join(digits: list[Digit], strength: np.ndarray, net: Net) -> list[Digit]:
         if len(apart) == 2 and both.certainty > min(digit.certainty for digit in apart):
             digits = [digit for digit in digits if not any(digit is one for one in pair)] + [both]
     return digits
-
-
-def may_be_one(one, other):
-    if is_one_digit(one.box, other.box):
-        return True
-    if min(one.certainty, other.certainty) > 0.9:
-        return False
-    a, b = one.box, other.box
-    tall = max(a.height, b.height)
-    gap = max(max(a.left, b.left) - min(a.right, b.right), max(a.top, b.top) - min(a.bottom, b.bottom))
-    whole = union([one.mark, other.mark]).box
-    return gap < 0.1 * tall and whole.width < whole.height < 1.5 * tall
 
 
 def cuts(mark: Mark) -> list[tuple[Mark, Mark]]:
@@ -479,7 +468,7 @@ def split(digit: Digit, strength: np.ndarray, net: Net, most: int = 4) -> list[D
     """The digit, or those that touch in it, at most this many cuts, where the network is surer of each of them."""
     if digit.certainty > 0.9 or not most:
         return [digit]
-    best, sure = [digit], max(0.9, digit.certainty + 0.05)
+    best, sure = [digit], max(0.85, digit.certainty + 0.05)
     parts = iter(read_marks([part for pair in cuts(digit.mark) for part in pair], strength, net))
     pairs = sorted(zip(parts, parts, strict=True), key=lambda pair: -pair[0].certainty)
     for left, right in pairs[:most]:
@@ -491,9 +480,6 @@ def split(digit: Digit, strength: np.ndarray, net: Net, most: int = 4) -> list[D
 
 
 # ---------------------------------------------------------------- reading
-
-
-LEAST = 0.5  # a digit that is less certain, among others, is no digit
 
 
 def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float | None = None) -> Reading:
@@ -509,7 +495,7 @@ def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float | N
     digits = join(read_marks(marks, strength, net), strength, net)
     left_out, kept = left_out + out, []
     for digit in digits:
-        if digit.certainty < LEAST and len(digits) > 1 and digit.box.width < digit.box.height:
+        if digit.certainty < 0.5 and len(digits) > 1 and digit.box.width < digit.box.height:
             left_out.append(digit.mark)
         elif 0.35 * usual <= digit.box.height <= 2 * usual and digit.box.width < 8 * usual:
             kept += split(digit, strength, net)
@@ -620,11 +606,14 @@ def draw(picture: Image.Image, reading: Reading) -> bytes:
 
     shown, found = Image.fromarray(np.uint8(flatten(picture, "white"))), reading.digits
     height = 6
-    wide, columns = height * shown.width / shown.height, max(4, math.ceil(math.sqrt(len(found) / 1.2)))
-    figure = Figure(figsize=(wide + (height if found else 0), height))
+    wide, columns = min(18, max(1, height * shown.width / shown.height)), max(4, math.ceil(math.sqrt(len(found) / 1.2)))
+    rows = max(3, math.ceil(len(found) / columns))
+    panel = height * 32 * columns / (38 * rows + 10) if found else 0
+    figure = Figure(figsize=(wide + panel, height))
     axes = figure.add_axes((0, 0, wide / figure.get_figwidth(), 1))
     longest = max(picture.size)
-    axes.imshow(shown, extent=(0, longest * min(1, wide / height), longest * min(1, height / wide), 0), aspect="auto")
+    across, down = (longest * side / max(shown.size) for side in shown.size)
+    axes.imshow(shown, extent=(0, across, down, 0))
     axes.axis("off")
     for mark, colour, text in [
         *((mark, "tab:blue", "") for mark in reading.left_out),
@@ -634,14 +623,14 @@ def draw(picture: Image.Image, reading: Reading) -> bytes:
         axes.plot((left, right, right, left, left), (top, top, bottom, bottom, top), color=colour, linewidth=1)
         axes.text(left, top, text, color=colour, fontsize=9, ha="right", va="bottom", clip_on=True)
     if found:
-        axes = figure.add_axes((wide / figure.get_figwidth(), 0, height / figure.get_figwidth(), 1))
+        axes = figure.add_axes((wide / figure.get_figwidth(), 0, panel / figure.get_figwidth(), 1))
         for number, digit in enumerate(found):
             x, y = 32 * (number % columns), 38 * (number // columns)
             axes.imshow(digit.field[0].numpy(), cmap="gray", vmin=0, vmax=1, extent=(x, x + 28, y + 28, y))
             best = digit.probabilities.max().item()
             title = f"{digit.probabilities.argmax()} {100 * best:.0f}%"
             axes.text(x + 14, y - 1, title, ha="center", fontsize=min(10, 60 / columns))
-        axes.set(xlim=(-4, 32 * columns), ylim=(38 * max(3, math.ceil(len(found) / columns)), -10))
+        axes.set(xlim=(-4, 32 * columns), ylim=(38 * rows, -10))
         axes.axis("off")
     return png(figure, OWN)
 

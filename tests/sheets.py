@@ -100,10 +100,8 @@ def page(kind: str, images: np.ndarray, rng: np.random.Generator) -> Image.Image
     """A photo of this kind of a page with MNIST images (N, 28, 28) redrawn in rows."""
     uniform, columns, step = rng.uniform, 9 if kind == "grid of 81" else 5, 90
     shape, before = (ceil(len(images) / columns) * step, columns * step), 0
-    cover, (down, across) = (
-        np.zeros((shape[0] + 200, shape[1] + 100), np.float32),
-        np.mgrid[-100 : shape[0] + 100, -50 : shape[1] + 50],
-    )
+    down, across = np.mgrid[-100 : shape[0] + 100, -50 : shape[1] + 50]
+    cover = np.zeros(down.shape, np.float32)
     slope = uniform(-0.04, 0.04) if kind == "on lines" else uniform(0.08, 0.15) if kind == "slanting" else 0
     for number, image in enumerate(images):
         part = drawn(image, 0.6 * step * uniform(*((0.5, 1.3) if kind == "sizes" else (0.85, 1.1))), None)
@@ -118,9 +116,8 @@ def page(kind: str, images: np.ndarray, rng: np.random.Generator) -> Image.Image
     lines = np.abs((down - slope * across) % step - 0.8 * step) < 1
     printed = {"boxes": grid, "grid of 81": grid, "on lines": lines}.get(kind, np.zeros_like(grid))
     light = uniform(170, 240) * (1 - uniform(0, 0.4) * (across - across.min()) / np.ptp(across))  # a lamp at the left
-    picture = light * (
-        1 - np.maximum(cover * (uniform(0.2, 0.3) if kind == "faint pencil" else uniform(0.6, 0.8)), 0.5 * printed)
-    )
+    pen = uniform(0.2, 0.3) if kind == "faint pencil" else uniform(0.6, 0.8)
+    picture = light * (1 - np.maximum(cover * pen, 0.5 * printed))
     picture = Image.fromarray(np.uint8(np.clip(picture + 3 * rng.standard_normal(cover.shape), 0, 255)))
     if kind == "desk":
         wood = ndimage.gaussian_filter(rng.standard_normal((cover.shape[0] + 160, cover.shape[1] + 160)), (1, 30))
@@ -135,12 +132,8 @@ def page(kind: str, images: np.ndarray, rng: np.random.Generator) -> Image.Image
 def right(net: Net, kind: str, images: np.ndarray, labels: np.ndarray, number: int, seed: int) -> float:
     """The share of this number of digits that are read right, in order, less those seen where there is none."""
     many = 81 if kind == "grid of 81" else 10 if kind in PAGES else 1
-    rng, total, make, pictures = (
-        np.random.default_rng(seed),
-        0,
-        page if kind in PAGES else sheet,
-        max(1, number // many),
-    )
+    rng, total, pictures = np.random.default_rng(seed), 0, max(1, number // many)
+    make = page if kind in PAGES else sheet
     for chosen in rng.choice(len(images), (pictures, many), replace=False):
         with contextlib.suppress(Failure):
             found = read(net, [field for _, field in digits(make(kind, images[chosen], rng), net)]).argmax(dim=1)
