@@ -9,6 +9,7 @@ paper are no digits. Each digit is made into a 28x28 field as MNIST's own were, 
 ink are possible, one digit or two, with a printed line or without, the network's more probable one stands.
 """
 
+import argparse
 import contextlib
 import functools
 import io
@@ -29,7 +30,7 @@ from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
 from torch import Tensor
 
-from script import HERE, MEAN, STD, Failure, Net, Parser, load_net, run_command, save
+from script import HERE, MEAN, STD, Failure, Net, load_net, run_command, save
 
 
 class Box(NamedTuple):
@@ -727,7 +728,7 @@ def is_own(path: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 success, 1 failure, 130 Ctrl-C."""
-    parser = Parser("predict.py", description="Read handwritten digits from pictures and photos.")
+    parser = argparse.ArgumentParser("predict.py", usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
     text = "picture files of any size and mode, folders of them, or - for standard input"
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help=text)
     default = HERE / "assets" / "model.pt"
