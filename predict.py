@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
-from skimage.filters import apply_hysteresis_threshold
+from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 from torch import Tensor
 
 from script import HERE, MEAN, STD, Failure, Net, load_net, run_command, save
@@ -252,7 +252,7 @@ def usual_height(marks: list[Mark]) -> float:
 
 def usual_contrast(marks: list[Mark]) -> float:
     """The median contrast, to which a mark counts by its height and contrast."""
-    return weighted_median([mark.contrast for mark in marks], [mark.contrast * mark.box.height for mark in marks])
+    return weighted_median([mark.contrast for mark in marks], [mark.contrast * mark.mask.sum() for mark in marks])
 
 
 def partition(marks: list[Mark], chosen: np.ndarray) -> tuple[list[Mark], list[Mark]]:
@@ -489,7 +489,7 @@ def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float | N
     if not marks:
         return Reading([], left_out)
     usual, contrast = usual_height(marks), usual_contrast(marks)
-    faint = [mark.box.size < 0.15 * usual or mark.contrast < 0.42 * contrast for mark in marks]
+    faint = [mark.box.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
     out, marks = partition(marks, np.array(faint))
     if len(marks) > MOST_DIGITS:
         raise Failure(f"{len(marks)} marks are on it, which are no digits")
@@ -570,6 +570,9 @@ def read_ink(sharp: np.ndarray, strength: np.ndarray, faintest: float, net: Net)
         cut = read_mask(mask & ~line, sharp, net)
         if cut.worth > 0.7 * best.worth:
             best = cut._replace(left_out=cut.left_out + find_marks(line, strength))
+    if best.explained < 0.7:  # much ink is no digit's: pale lines, perhaps, that one threshold for all leaves out
+        plain = read_mask(strength > 0.8 * threshold_otsu(strength[strength > faintest]), sharp, net)
+        best = plain if plain.explained > 0.9 else best
     return best
 
 
