@@ -75,8 +75,8 @@ def views_like(tensors: list[Tensor], flat: Tensor) -> list[Tensor]:
 class CompiledBackend:
     """A script.EagerBackend's pass by backend.cpp, for a network on the CPU; raises for another network.
 
-    It trains on multiples of `lanes` images, in training mode. Any other batch, and forward() in training mode, goes to
-    the eager backend.
+    It trains on multiples of `lanes` images of 28x28 pixels. Any other batch goes to the eager backend, and so do a
+    forward() in training mode and a backward pass in evaluation mode.
     """
 
     kind = "compiled"
@@ -85,7 +85,9 @@ class CompiledBackend:
         self.eager, self.net = eager, eager.net
         self.parameters, buffers = list(self.net.parameters()), list(self.net.buffers())
         count = sum(parameter.numel() for parameter in self.parameters if parameter.requires_grad)
-        if count != 15_440:  # or a part is frozen, and backend.cpp writes a gradient for each
+        norms = [n for channels in (10, 20, 20, 20, 40) for n in (channels, channels, 1)]  # mean, variance, batches
+        # A part may be frozen, and backend.cpp writes a gradient for each.
+        if count != 15_440 or [buffer.numel() for buffer in buffers] != norms:
             raise RuntimeError("backend.cpp is for another network")
         if self.parameters[0].device.type != "cpu":
             raise RuntimeError("backend.cpp is for the CPU")
@@ -114,7 +116,7 @@ class CompiledBackend:
 
     def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """A batch's (mean loss, number right); the gradients in .grad are overwritten."""
-        if len(images) % self.lanes or not self.net.training:
+        if images.shape[1:] != (1, 28, 28) or len(images) % self.lanes or not self.net.training:
             return self.eager.forward_backward(images, labels)
         self.keys = torch.randint(2**32, (2,)).tolist()  # of the dropouts' masks
         self.call(images, labels.long().contiguous(), (self.net.drop1.p, self.net.drop2.p, *self.keys), self.result)
@@ -125,7 +127,7 @@ class CompiledBackend:
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, 10) of images (B, 1, 28, 28); without a graph in evaluation mode."""
-        if self.net.training:
+        if images.shape[1:] != (1, 28, 28) or self.net.training:
             return self.eager.forward(images)
         output = torch.empty(len(images), 10)
         for part, rows in zip(images.split(64), output.split(64), strict=True):  # 64 at a time stay in the cache

@@ -49,7 +49,7 @@ class Failure(Exception):
 
 # ---------------------------------------------------------------- recipe
 
-ACTIVATIONS = {"hardswish": F.hardswish, "relu": F.relu}  # by the function's own __name__
+ACTIVATIONS = {"hardswish": F.hardswish, "relu": F.relu}
 
 
 def setting(default, allowed: tuple, meaning: str):
@@ -107,7 +107,7 @@ class Net(nn.Module):
 
     def __init__(self, activation: str = Recipe.activation) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.set_extra_state(activation)
         self.conv1 = nn.Conv2d(1, 10, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(10)
         self.conv2 = nn.Conv2d(10, 20, 3, padding=1)
@@ -140,10 +140,10 @@ class Net(nn.Module):
 
     # state_dict() and load_state_dict() call these: the activation is saved with the weights.
     def get_extra_state(self) -> str:
-        return self.activation.__name__
+        return self.activation_name
 
     def set_extra_state(self, activation: str) -> None:
-        self.activation = ACTIVATIONS[activation]
+        self.activation_name, self.activation = activation, ACTIVATIONS[activation]
 
 
 # ---------------------------------------------------------------- augmentation and batches
@@ -240,6 +240,8 @@ def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int) -> tuple[to
     """Adam, and its schedule over total_steps steps."""
     optimizer = torch.optim.Adam(net.parameters(), recipe.max_lr, weight_decay=recipe.weight_decay, fused=True)
     cycle = {name: getattr(recipe, name) for name in ("pct_start", "div_factor", "final_div_factor", "cycle_momentum")}
+    if recipe.pct_start * total_steps == 1:  # OneCycleLR would divide by 0
+        cycle["pct_start"] = 0.0
     return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, **cycle)
 
 
@@ -497,8 +499,9 @@ def fit(run: Run, train_loader: Loader, test_loader: Loader) -> None:
         seconds = round(time.perf_counter() - start, 2)
         row = epoch, loss, accuracy, score.loss, score.accuracy, learning_rate, seconds
         run.history.append(dict(zip(HISTORY, row, strict=True)))
-        run.say(f"{bar}\n\n{'Held-out' if recipe.holdout else 'Test'} set: {score}\n")
+        run.log.append(f"{bar}\n\n{'Held-out' if recipe.holdout else 'Test'} set: {score}\n")
         run.save()
+        print(run.log[-1])  # now that it is kept
 
     finish(run, test(backend, test_loader), train_loader, test_loader)
 
@@ -508,8 +511,9 @@ def finish(run: Run, score: Score, train_loader: Loader, test_loader: Loader) ->
     minutes, seconds = divmod(round(sum(row["seconds"] for row in run.history)), 60)
     took = f"{run.recipe.epochs} epochs in {minutes} min {seconds} s"
     kind = "held-out accuracy" if run.recipe.holdout else "accuracy"
-    run.say(f"Final {kind}: {score.accuracy:.2f}% after {took}; see {run.folder}")
+    run.log.append(f"Final {kind}: {score.accuracy:.2f}% after {took}; see {run.folder}")
     run.save()
+    print(run.log[-1])
     try:
         from pictures import draw
 

@@ -173,6 +173,8 @@ def test_one_cycle_follows_the_recipe_for_37500_steps():
         cosine = [low + (recipe.max_lr - low) * (1 - math.cos(math.pi * part / 8)) / 2 for part in range(9)]
         measured = [rates[round(start + (end - start) * part / 8)] for part in range(9)]
         assert measured == pytest.approx(cosine, rel=1e-3)
+    rates, _ = cycle(recipe, 5)  # of which a fifth is one step
+    assert 0 < min(rates) < max(rates) <= recipe.max_lr
     _, betas = cycle(script.RECIPES["source"], 1000)
     first, *others = [beta1 for beta1, _ in betas]
     assert (first, min(others), others[198], others[-1]) == pytest.approx((0.95, 0.85, 0.85, 0.95))

@@ -81,6 +81,8 @@ def test_any_number_of_images_is_scored_and_what_it_is_not_made_for_goes_to_the_
         eager = [torch.tensor(either.forward_backward(*batch(test_set)))]  # in evaluation mode
         either.net.train()
         eager.append(either.forward(batch(test_set)[0]))
+        larger = nn.functional.pad(batch(test_set)[0], (2, 2, 2, 2))  # 32x32
+        eager += [either.forward(larger), torch.tensor(either.forward_backward(larger, batch(test_set)[1]))]
         for _ in range(2):  # an epoch's last batch; no gradient accumulates
             eager.append(torch.tensor(either.forward_backward(*batch(test_set, 21))))
         results.append((scored, eager + [parameter.grad for parameter in either.net.parameters()]))
@@ -156,14 +158,15 @@ def test_without_a_backend_that_can_be_trusted_it_trains_eagerly_and_says_why(tm
         _, line = script.make_backend(script.EagerBackend(net or script.Net()), script.Recipe(**recipe))
         return re.fullmatch(r"backend: eager, float32, threads: \d+ \((.*)\)", line)[1]
 
-    average_pool, channel_dropout, wider, frozen = (script.Net() for _ in range(4))  # as a reader might try
+    average_pool, channel_dropout, wider, frozen, grouped = (script.Net() for _ in range(5))  # as a reader might try
     average_pool.pool1 = nn.AvgPool2d(2)
     channel_dropout.drop1 = nn.Dropout2d(0.1)
     frozen.conv1.requires_grad_(False)
+    grouped.norm6 = nn.GroupNorm(5, 40)  # as many parameters, and no running statistics
     wider.conv6, wider.norm6, wider.conv7 = nn.Conv2d(20, 48, 3, padding=1), nn.BatchNorm2d(48), nn.Conv2d(48, 10, 1)
     for net in (average_pool, channel_dropout):
         assert "autograd differ" in said(net)
-    for net in (wider, frozen):
+    for net in (wider, frozen, grouped):
         assert "another network" in said(net)
     assert "multiples of" in said(batch_size=33)
     assert "up to 1024" in said(batch_size=4096)
@@ -174,7 +177,7 @@ def test_without_a_backend_that_can_be_trusted_it_trains_eagerly_and_says_why(tm
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(backend, "SOURCE", tmp_path / "backend.cpp")
     assert "No such file" in said()
-    wrong = (HERE / "backend.cpp").read_text(encoding="utf-8").replace("total / 49.0f", "total / 48.0f")
+    wrong = (HERE / "backend.cpp").read_text(encoding="utf-8").replace("total / 49.0f", "total / 44.0f")
     (tmp_path / "backend.cpp").write_text(wrong, encoding="utf-8")
     assert "autograd differ" in said()
     monkeypatch.setenv("PATH", str(tmp_path))
