@@ -409,22 +409,18 @@ def read_marks(marks: list[Mark], strength: np.ndarray, net: Net) -> list[Digit]
 # ---------------------------------------------------------------- one digit or two
 
 
-def may_be_one(one: Digit, other: Digit) -> bool:
-    """Whether two marks may be one digit's: a part above the other, or, if one is in doubt, with hardly a gap."""
-    a, b = one.box, other.box
-    short, tall = sorted((a.height, b.height))
-    beside, above = max(a.left, b.left) - min(a.right, b.right), max(a.top, b.top) - min(a.bottom, b.bottom)
-    if -beside > 0.5 * min(a.width, b.width) and above < 0.4 * tall and short < 0.7 * tall:
-        return True
-    whole = union([one.mark, other.mark]).box
-    doubt = min(one.certainty, other.certainty) <= 0.9
-    return doubt and max(beside, above) < 0.1 * tall and whole.width < whole.height < 1.5 * tall
+def may_be_one(one: Box, other: Box) -> bool:
+    """Whether two marks may be one digit's: one above the other, near by, and a part of a digit by its height."""
+    short, tall = sorted((one.height, other.height))
+    shared = min(one.right, other.right) - max(one.left, other.left)
+    gap = max(one.top, other.top) - min(one.bottom, other.bottom)
+    return shared > 0.5 * min(one.width, other.width) and gap < 0.4 * tall and short < 0.7 * tall
 
 
 def join(digits: list[Digit], strength: np.ndarray, net: Net) -> list[Digit]:
     """The digits, with two as one that may be one digit's where the network is surer of the one."""
     digits = list(digits)
-    pairs = [pair for pair in itertools.combinations(digits, 2) if may_be_one(*pair)]
+    pairs = [pair for pair in itertools.combinations(digits, 2) if may_be_one(pair[0].box, pair[1].box)]
     for pair, both in zip(pairs, read_marks([union([a.mark, b.mark]) for a, b in pairs], strength, net), strict=True):
         apart = [digit for digit in digits if any(digit is one for one in pair)]
         if len(apart) == 2 and both.certainty > min(digit.certainty for digit in apart):

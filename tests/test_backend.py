@@ -167,7 +167,7 @@ def test_without_a_backend_that_can_be_trusted_it_trains_eagerly_and_says_why(tm
     for net in (average_pool, channel_dropout):
         assert "autograd differ" in said(net)
     for net in (wider, frozen, grouped):
-        assert "another network" in said(net)
+        assert "own network" in said(net)
     assert "multiples of" in said(batch_size=33)
     assert "up to 1024" in said(batch_size=4096)
     reasons = {"'": "No closing quotation", "no-such": "no-such", f"{COMPILER} --no-such-flag": "no-such-flag"}
