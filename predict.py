@@ -269,13 +269,19 @@ def are_edges(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
     return edges & ~edges.all()
 
 
+def count_holes(mask: np.ndarray) -> int:
+    """How many holes of a thousandth of its box or more a mark has; a digit has two, and few more where ink is pale."""
+    labels, _ = ndimage.label(~np.pad(mask, 1))
+    return int((np.bincount(labels.ravel())[1:] > mask.size / 1000).sum()) - 1  # the ground around it is none
+
+
 def are_frames(marks: list[Mark]) -> np.ndarray:
-    """Which marks (N,) have others in their box that are no specks beside them, nor their noise."""
+    """Which marks (N,) are grids, or have others in their box that are no specks beside them, nor their noise."""
     left, top, right, bottom = np.array([mark.box for mark in marks]).reshape(-1, 4).T
     sizes, contrasts = np.array([(mark.box.size, mark.contrast) for mark in marks]).reshape(-1, 2).T
     inside = (left[:, None] <= left) & (top[:, None] <= top) & (right[:, None] >= right) & (bottom[:, None] >= bottom)
     inside &= (contrasts > 0.3 * contrasts[:, None]) & ~np.eye(len(marks), dtype=bool)
-    return inside @ sizes > 0.3 * sizes
+    return (inside @ sizes > 0.3 * sizes) | np.array([count_holes(mark.mask) > 20 for mark in marks], bool)
 
 
 def joined(marks: list[Mark], grown: np.ndarray) -> list[Mark]:
