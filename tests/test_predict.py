@@ -69,7 +69,7 @@ def told(capsys, *arguments):
 @pytest.mark.parametrize("kind", sheets.KINDS + sheets.PAGES)
 def test_each_kind_of_sheet_is_read(net, test_set, kind):
     """Other digits and other sheets than the table's, ten of each kind; a digit too many takes one away."""
-    least = 0.8 if kind in sheets.PAGES and kind != "touching" else 0.6
+    least = 0.6 if kind == "touching" else 0.7  # one very wide 0 costs three
     assert sheets.right(net, kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= least
 
 
