@@ -11,6 +11,7 @@ from datetime import timedelta
 from unittest.mock import DEFAULT, Mock
 
 import pytest
+import torch
 from PIL import Image
 
 import script
@@ -21,8 +22,12 @@ STUDY = "--epochs", "2", "--holdout", "320", "--no-compile", "--device", "cpu", 
 
 @pytest.fixture
 def few(monkeypatch, few_images):
-    """Few images, and no pictures, which take longer than the training."""
+    """Few images, no pictures, which take longer than the training, and one thread, on which eager bits depend."""
     monkeypatch.setattr("pictures.draw", lambda *run: {})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def run_study(folder, seeds):
