@@ -233,4 +233,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if dist.is_torchelastic_launched():  # gloo's threads sometimes abort a Python that is on its way out
+        print(end="", flush=True)
+        os._exit(exit_status)
+    sys.exit(exit_status)
