@@ -196,11 +196,6 @@ static void norm_pool(auto& z, const auto& norm, auto& a, auto& winner, const Dr
         });
 }
 
-// The gradient of y = norm(z), as a function of (c, h, w), given da(c, h, w), that of activation(y).
-static auto unactivate(auto&& da, auto& z, const auto& norm) {
-    return [&](int c, int h, int w) { return da(c, h, w) * slope(norm(c, z(c, h, w))); };
-}
-
 // The gradient of activation(y), as a function of (c, h, w), given da, that of a = dropout(activation(pool(y))): the
 // winner gets all of it, and the other three nothing.
 static auto unpool(auto& da, auto& winner, const Dropout& dropout) {
@@ -210,13 +205,14 @@ static auto unpool(auto& da, auto& winner, const Dropout& dropout) {
     };
 }
 
-// A block's share of the gradients of gamma and beta, given g(c, h, w), the gradient of y = norm(z).
-static void norm_gradient(auto& z, const auto& norm, const auto& g, auto& gradient) {
+// A block's share of the gradients of gamma and beta, given da(c, h, w), the gradient of activation(norm(z)).
+static void norm_gradient(auto& z, const auto& norm, auto&& da, auto& gradient) {
     for (int c = 0; c < z.channels; c++) {
         Vector product = {}, total = {};
         for_pixels(z, [&](int h, int w) {
-            product += g(c, h, w) * (z(c, h, w) - norm.mean[c]);
-            total += g(c, h, w);
+            const Vector dy = da(c, h, w) * slope(norm(c, z(c, h, w)));
+            product += dy * (z(c, h, w) - norm.mean[c]);
+            total += dy;
         });
         gradient.gamma[c] = sum(product) * norm.inverse[c];
         gradient.beta[c] = sum(total);
@@ -339,10 +335,10 @@ static Norm<Z::channels> norm_of_batch(const Block* blocks, int count, Z Block::
     return Norm<Z::channels>(mean, variance, layer);
 }
 
-// z is overwritten by its own gradient, given g(c, h, w), that of y = norm(z), which reads z at (c, h, w) only. Through
-// mean and variance, each z affects all n values of y of its channel:
-// dz = scale * (g - dbeta / n - (z - mean) * inverse * dgamma / n)
-static void norm_backward(auto& z, const auto& norm, const auto& g, const Block* blocks, int count, auto layer) {
+// z is overwritten by its own gradient, given da(c, h, w), that of activation(y) with y = norm(z). Through mean and
+// variance, each z affects all n values of y of its channel:
+// dz = scale * (dy - dbeta / n - (z - mean) * inverse * dgamma / n)
+static void norm_backward(auto& z, const auto& norm, auto&& da, const Block* blocks, int count, auto layer) {
     const float n = count * LANES * z.area;
     for (int c = 0; c < z.channels; c++) {
         float dgamma = 0, dbeta = 0;
@@ -352,7 +348,10 @@ static void norm_backward(auto& z, const auto& norm, const auto& g, const Block*
         }
         const float scale = norm.scale[c], mean = norm.mean[c];
         const float pull = -scale * norm.inverse[c] * dgamma / n, offset = -scale * dbeta / n;
-        for_pixels(z, [&](int h, int w) { z(c, h, w) = scale * g(c, h, w) + pull * (z(c, h, w) - mean) + offset; });
+        for_pixels(z, [&](int h, int w) {
+            const Vector dy = da(c, h, w) * slope(norm(c, z(c, h, w)));
+            z(c, h, w) = scale * dy + pull * (z(c, h, w) - mean) + offset;
+        });
     }
 }
 
@@ -390,12 +389,10 @@ extern "C" void run_batch(Block* blocks, const Parameters& p, const Statistics* 
         // Writes the gradients of the layer's parameters; z and x are overwritten by their own. da(b): the gradient of
         // activation(norm(z)), to be called with (c, h, w): maps, or a function.
         auto backward = [&]<class X>(X Block::*x, auto z, auto layer, const auto& norm, auto da) {
-            each([&](Block& b, int) {
-                norm_gradient(b.*z, norm, unactivate(da(b), b.*z, norm), b.result.gradients.*layer);
-            });
+            each([&](Block& b, int) { norm_gradient(b.*z, norm, da(b), b.result.gradients.*layer); });
             barrier.arrive_and_wait();
             each([&](Block& b, int) {
-                norm_backward(b.*z, norm, unactivate(da(b), b.*z, norm), blocks, count, layer);
+                norm_backward(b.*z, norm, da(b), blocks, count, layer);
                 weight_gradient<3>(b.*x, b.*z, b.scratch, (b.result.gradients.*layer).weight);
                 if constexpr (X::channels > 1) convolve<3, true>(b.*z, (p.*layer).weight, nullptr, b.*x);
             });
