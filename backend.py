@@ -5,16 +5,15 @@ script.py calls compiled_backend() where this file lies beside it, and goes on w
 
 import copy
 import ctypes
-import functools
 import importlib.util
 import math
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache, partial
 from pathlib import Path
 from timeit import timeit
 
@@ -43,17 +42,16 @@ def find_compiler() -> tuple[str, ...]:
     return tuple(command)
 
 
-@functools.cache
+@cache
 def load_library(compiler: tuple[str, ...], source: Path, activation: str) -> ctypes.CDLL:
     """backend.cpp, compiled for this processor and an activation, by its name; raises where that fails."""
-    native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
     # The folder is removed at once, except on Windows: a library that is kept would crash on another machine.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = str(Path(folder) / "backend.so")
         flags = "-std=c++20", "-O3", "-shared", "-static-libstdc++" if WINDOWS else "-fPIC", "-pthread"
         env = os.environ | {"TMPDIR": folder}  # for the temporary files of a compiler that is interrupted
-        for extra in ([native], []):  # not every compiler knows it
-            command = [*compiler, *flags, *extra, f"-D{activation.upper()}", str(source), "-o", file]
+        for native in (["-march=native"], ["-mcpu=native"], []):  # the first that the compiler knows
+            command = [*compiler, *flags, *native, f"-D{activation.upper()}", str(source), "-o", file]
             done = subprocess.run(command, env=env, timeout=300, capture_output=True, text=True, errors="replace")
             if done.returncode == 0:
                 break
@@ -64,12 +62,6 @@ def load_library(compiler: tuple[str, ...], source: Path, activation: str) -> ct
     pointer, int32, float32, uint32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_uint32
     library.run_batch.argtypes = *[pointer] * 5, int32, float32, float32, uint32, uint32, int32, pointer
     return library
-
-
-def views_like(tensors: list[Tensor], flat: Tensor) -> list[Tensor]:
-    """Consecutive views of a flat tensor, each in the shape and order of axes of one of the tensors."""
-    parts = zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True)
-    return [part.as_strided(tensor.shape, tensor.stride(), part.storage_offset()) for tensor, part in parts]
 
 
 class CompiledBackend:
@@ -91,9 +83,8 @@ class CompiledBackend:
         self.library = load_library(find_compiler(), SOURCE, self.net.get_extra_state())
         self.lanes = self.library.lanes()
         self.result = torch.zeros(count + 2)  # all gradients, the mean loss, the number right
-        self.gradients = views_like(self.parameters, self.result[:-2])
-        self.flat = torch.zeros(count)  # a copy of all parameters
-        self.copies = views_like(self.parameters, self.flat)
+        parts = zip(self.parameters, self.result[:-2].split([p.numel() for p in self.parameters]), strict=True)
+        self.gradients = [part.as_strided(p.shape, p.stride(), part.storage_offset()) for p, part in parts]
         # Pointers, which stay valid as load_state_dict() copies into the tensors; net.to() may move them.
         self.statistics = (ctypes.c_void_p * len(buffers))(*[buffer.data_ptr() for buffer in buffers])
         self.blocks = torch.zeros(0)  # backend.cpp's memory, which grows with the batch
@@ -104,10 +95,10 @@ class CompiledBackend:
         needed = self.library.block_floats() * math.ceil(len(images) / self.lanes)
         if len(self.blocks) < needed:
             self.blocks = torch.zeros(needed)
-        for copied, parameter in zip(self.copies, self.parameters, strict=True):
-            copied.copy_(parameter)
+        # Weights as (out, K, K, in), which is their order in memory.
+        flat = torch.cat([p.permute(0, 2, 3, 1).flatten() if p.dim() == 4 else p for p in self.parameters])
         images = images.float().contiguous()
-        network = self.blocks.data_ptr(), self.flat.data_ptr(), self.statistics
+        network = self.blocks.data_ptr(), flat.data_ptr(), self.statistics
         batch = images.data_ptr(), None if labels is None else labels.data_ptr(), len(images)
         self.library.run_batch(*network, *batch, *dropout, torch.get_num_threads(), output.data_ptr())
 
@@ -174,8 +165,7 @@ def compiled_backend(eager, batch_size: int, timed: bool = True) -> tuple[Compil
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         batches = [(torch.rand(batch_size, 1, 28, 28), torch.arange(batch_size) % 10) for _ in range(5)]
-        # Rounding may make another pixel win a max-pool: in one batch of a hundred a gradient then differs by some per
-        # cent, as PyTorch's own in single precision does. A wrong backend differs in all.
+        # Rounding may make another pixel win a max-pool, and so change a gradient; a wrong backend differs in all.
         if not any(agrees_with_autograd(eager, *batch) for batch in batches):
             raise RuntimeError("backend.cpp and autograd differ")
         if not timed:
@@ -184,8 +174,7 @@ def compiled_backend(eager, batch_size: int, timed: bool = True) -> tuple[Compil
         eager.net.train()
         passes = CompiledBackend(eager).forward_backward, eager.forward_backward
         # Not in turns: PyTorch's threads, after their work, spin on the cores that backend.cpp needs.
-        times = [min(timeit(functools.partial(run, *batch), number=1) for batch in batches) for run in passes]
-    compiled_ms, eager_ms = (1000 * seconds for seconds in times)
+        compiled_ms, eager_ms = [1000 * min(timeit(partial(run, *b), number=1) for b in batches) for run in passes]
     if compiled_ms > eager_ms:
         raise RuntimeError(f"compiled is slower: {compiled_ms:.1f} ms a batch, eager {eager_ms:.1f}")
     return backend, f"{compiled_ms:.1f} ms a batch, eager {eager_ms:.1f}"
