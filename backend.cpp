@@ -1,13 +1,14 @@
 // One batch of script.py's network on a CPU: forward pass, loss and backward pass, in float32; see docs/speed.md.
 //
-// backend.py compiles this file, checks it against autograd, and calls run_batch(), which reads the parameters of an
-// ordinary PyTorch network, writes their gradients in the order of net.parameters(), and updates running statistics.
+// backend.py compiles this file, checks it against autograd, and calls run_batch().
 //
 // Layout. A Vector holds one pixel of LANES images, a Block all feature maps of these images, as [channel][row][column]
 // in a frame of zeros, the convolutions' padding. So everything that costs time is a plain loop over whole vectors.
 //
 // Threads. A thread takes a block through all layers. Threads meet only where batch normalisation needs sums over the
 // batch: first within each block, then over the blocks in order, so that any number of threads gives the same bits.
+// Where there are two threads for each block, they share it as a team: each computes half of the channels of every map,
+// and waits for the other before it reads all channels. A sum is always one thread's, so the bits stay the same.
 
 #include <algorithm>
 #include <barrier>
@@ -46,6 +47,16 @@ struct Maps {
     Vector& operator()(int c, int h, int w) { return value[c][h + 1][w + 1]; }
 };
 
+// What a thread computes of each map: the channels from first() to end(). wait(): for the other thread of its team.
+struct Part {
+    int number, team;  // 0 of 1, or 0 or 1 of 2
+    std::barrier<>& barrier;
+
+    int first(const auto& z) const { return z.channels * number / team; }
+    int end(const auto& z) const { return z.channels * (number + 1) / team; }
+    void wait() const { if (team > 1) barrier.arrive_and_wait(); }
+};
+
 static inline void for_pixels(auto& z, auto work) {
     for (int h = 0; h < z.side; h++)
         for (int w = 0; w < z.side; w++) work(h, w);
@@ -59,16 +70,19 @@ static inline float channel_sum(auto& z, int c) {
 
 // ---------------------------------------------------------------- convolution
 
-// y = conv(x), with a weight as (out, K, K, in). The sums for TILE channels of two neighbouring pixels stay in
+// y = conv(x), with a weight as (out, K, K, in). The sums for SIZE channels of two neighbouring pixels stay in
 // registers while all inputs are read; inlined into a caller, with its variables, they would not.
 // backward: x is the gradient of that convolution's output and y that of its input. This is a convolution, too: without
 // a bias, with in and out exchanged in the weight, and with the kernel rotated by 180 degrees.
-template <int K, bool backward, class In, class Out>
-[[gnu::noinline]] static void convolve(In& x, const float* weight, const float* bias, Out& y) {
-    for (int first = 0; first < Out::channels; first += TILE)
+template <int K, bool backward, int SIZE = TILE, class In, class Out>
+[[gnu::noinline]] static void convolve(In& x, const float* weight, const float* bias, Out& y, Part part) {
+    if constexpr (Out::channels == SIZE)  // a team has half a tile for each thread
+        if (part.team > 1) return convolve<K, backward, SIZE / 2>(x, weight, bias, y, part);
+    part.wait();
+    for (int first = part.first(y); first < part.end(y); first += SIZE)
         for (int h = 0; h < Out::side; h++)
             for (int w = 0; w < Out::side; w += 2) {
-                Vector left[TILE] = {}, right[TILE] = {};
+                Vector left[SIZE] = {}, right[SIZE] = {};
                 for (int in = 0; in < In::channels; in++)
                     for (int kh = 0; kh < K; kh++)
 #pragma GCC unroll 3
@@ -76,7 +90,7 @@ template <int K, bool backward, class In, class Out>
                             const Vector* pixels = &x(in, h + kh - K / 2, w + kw - K / 2);
                             const int tap = kh * K + kw, rotated = K * K - 1 - tap;
 #pragma GCC unroll 10
-                            for (int c = 0; c < TILE; c++) {
+                            for (int c = 0; c < SIZE; c++) {
                                 const int out = first + c;
                                 const float factor = backward ? weight[(in * K * K + rotated) * Out::channels + out]
                                                               : weight[(out * K * K + tap) * In::channels + in];
@@ -84,7 +98,7 @@ template <int K, bool backward, class In, class Out>
                                 right[c] += pixels[1] * factor;
                             }
                         }
-                for (int c = 0; c < TILE; c++) {
+                for (int c = 0; c < SIZE; c++) {
                     const float b = bias ? bias[first + c] : 0;
                     y(first + c, h, w) = left[c] + b;
                     if (w + 1 < Out::side) y(first + c, h, w + 1) = right[c] + b;
@@ -95,10 +109,10 @@ template <int K, bool backward, class In, class Out>
 // The gradient of the weight, (out, K, K, in): sums of dz times x over pixels and images. Those for a row of the kernel
 // and GROUP output channels stay in registers; ROWS rows are taken at a time, so that they stay in the cache.
 template <int K, class In, class Out>
-[[gnu::noinline]] static void weight_gradient(In& x, Out& dz, Vector* scratch, float* gradient) {
+[[gnu::noinline]] static void weight_gradient(In& x, Out& dz, Vector* scratch, float* gradient, Part part) {
     constexpr int GROUP = LANES < 16 && Out::channels % 4 == 0 ? 4 : 5, ROWS = Out::side == 28 ? 2 : 7;
     for (int top = 0; top < Out::side; top += ROWS)
-        for (int first = 0; first < Out::channels; first += GROUP)
+        for (int first = part.first(dz); first < part.end(dz); first += GROUP)
             for (int in = 0; in < In::channels; in++)
                 for (int kh = 0; kh < K; kh++) {
                     Vector total[GROUP][K] = {};
@@ -115,14 +129,15 @@ template <int K, class In, class Out>
                             place = top ? place + total[c][kw] : total[c][kw];
                         }
                 }
-    for (int i = 0; i < Out::channels * K * K * In::channels; i++) gradient[i] = sum(scratch[i]);
+    constexpr int size = K * K * In::channels;
+    for (int i = part.first(dz) * size; i < part.end(dz) * size; i++) gradient[i] = sum(scratch[i]);
 }
 
 // ---------------------------------------------------------------- batch normalisation, activation, max-pool, dropout
 
 // Leaves each channel's mean, and the sum of its squared deviations from that mean, in z.
-static void measure(auto& z) {
-    for (int c = 0; c < z.channels; c++) {
+static void measure(auto& z, Part part) {
+    for (int c = part.first(z); c < part.end(z); c++) {
         Vector squares = {};
         const float mean = z.mean[c] = channel_sum(z, c) / (z.area * LANES);
         for_pixels(z, [&](int h, int w) { squares += (z(c, h, w) - mean) * (z(c, h, w) - mean); });
@@ -159,8 +174,8 @@ static inline Vector slope(Vector y) { return y > 0.0f ? 1.0f : 0.0f; }
 #endif
 
 // a = activation(norm(z))
-static void norm_activation(auto& z, const auto& norm, auto& a) {
-    for (int c = 0; c < z.channels; c++)
+static void norm_activation(auto& z, const auto& norm, auto& a, Part part) {
+    for (int c = part.first(z); c < part.end(z); c++)
         for_pixels(z, [&](int h, int w) { a(c, h, w) = activation(norm(c, z(c, h, w))); });
 }
 
@@ -168,7 +183,7 @@ static void norm_activation(auto& z, const auto& norm, auto& a) {
 // has a new random key. The hash, uniform in 32 bits, is lowbias32 of C. Wellons' hash-prospector.
 struct Dropout {
     float rate;
-    uint32_t key, threshold = rate * 4294967296.0;
+    uint32_t key, batch, threshold = rate * 4294967296.0;
     float scale = 1 / (1 - rate);  // of what stays
 
     auto keeps(uint32_t index) const {
@@ -183,21 +198,20 @@ struct Dropout {
 
 // a = dropout(activation(pool(norm(z)))). winner: which of a window's four values was the largest, 0 to 3 in reading
 // order and the first of equals, as in PyTorch, or 4 where dropout drops it. image: the block's first in the batch.
-static void norm_pool(auto& z, const auto& norm, auto& a, auto& winner, const Dropout& dropout, int image, int batch) {
-    for (int c = 0; c < a.channels; c++)
+static void norm_pool(auto& z, const auto& norm, auto& a, auto& winner, const Dropout& dropout, int image, Part part) {
+    for (int c = part.first(a); c < part.end(a); c++)
         for_pixels(a, [&](int h, int w) {
             const Vector y0 = norm(c, z(c, 2 * h, 2 * w)), y1 = norm(c, z(c, 2 * h, 2 * w + 1));
             const Vector y2 = norm(c, z(c, 2 * h + 1, 2 * w)), y3 = norm(c, z(c, 2 * h + 1, 2 * w + 1));
             const Vector upper = y0 > y1 ? y0 : y1, lower = y2 > y3 ? y2 : y3, largest = upper > lower ? upper : lower;
             const Vector corner = y0 == largest ? 0.0f : y1 == largest ? 1.0f : y2 == largest ? 2.0f : 3.0f;
-            const auto keeps = dropout.keeps(((c * a.side + h) * a.side + w) * batch + image);
+            const auto keeps = dropout.keeps(((c * a.side + h) * a.side + w) * dropout.batch + image);
             winner(c, h, w) = keeps ? corner : 4.0f;
             a(c, h, w) = keeps ? activation(largest) * dropout.scale : 0.0f;
         });
 }
 
-// The gradient of activation(y), as a function of (c, h, w), given da, that of a = dropout(activation(pool(y))): the
-// winner gets all of it, and the other three nothing.
+// The gradient of activation(y), given da, that of a = dropout(activation(pool(y))): the winner gets all of it.
 static auto unpool(auto& da, auto& winner, const Dropout& dropout) {
     return [&](int c, int h, int w) {
         const float corner = 2 * (h % 2) + w % 2;
@@ -206,8 +220,8 @@ static auto unpool(auto& da, auto& winner, const Dropout& dropout) {
 }
 
 // A block's share of the gradients of gamma and beta, given da(c, h, w), the gradient of activation(norm(z)).
-static void norm_gradient(auto& z, const auto& norm, auto&& da, auto& gradient) {
-    for (int c = 0; c < z.channels; c++) {
+static void norm_gradient(auto& z, const auto& norm, auto&& da, auto& gradient, Part part) {
+    for (int c = part.first(z); c < part.end(z); c++) {
         Vector product = {}, total = {};
         for_pixels(z, [&](int h, int w) {
             const Vector dy = da(c, h, w) * slope(norm(c, z(c, h, w)));
@@ -226,7 +240,7 @@ struct Layer {  // a 3x3 convolution, its weight as (out, 3, 3, in), and the bat
     float weight[OUT * 9 * IN], bias[OUT], gamma[OUT], beta[OUT];
 };
 
-// All parameters, or their gradients. That of a layer's bias is 0: batch normalisation subtracts the bias again.
+// net.parameters(), or their gradients. That of a layer's bias is 0: batch normalisation subtracts the bias again.
 struct Parameters {
     Layer<1, 10> layer1;
     Layer<10, 20> layer2;
@@ -290,8 +304,7 @@ static void head_forward(Block& b, const Norm<40>& norm6, const Parameters& p) {
     }
 }
 
-// The loss, and from the log-probabilities back to the average, which is overwritten by the gradient of each of the
-// values that were averaged. labels: the block's.
+// The loss, and back: the average is overwritten by the gradient of each value that was averaged. labels: the block's.
 static void head_backward(Block& b, const Parameters& p, const int64_t* labels, int batch) {
     b.result.loss = b.result.right = 0;
     for (int lane = 0; lane < LANES; lane++) {
@@ -313,12 +326,9 @@ static void head_backward(Block& b, const Parameters& p, const int64_t* labels, 
     }
 }
 
-// ---------------------------------------------------------------- the batch
-
 // The norm of the whole batch, from the moments of its blocks (Chan, Golub and LeVeque 1979).
 template <class Z>
-static Norm<Z::channels> norm_of_batch(const Block* blocks, int count, Z Block::*z, const auto& layer,
-                                       const Statistics* running) {
+static auto norm_of_batch(const Block* blocks, int count, Z Block::*z, const auto& layer, const Statistics* running) {
     const float in_block = Z::area * LANES, n = in_block * count;  // values of a channel in a block, and in the batch
     float mean[Z::channels] = {}, variance[Z::channels] = {};
     for (int c = 0; c < Z::channels; c++) {
@@ -335,12 +345,11 @@ static Norm<Z::channels> norm_of_batch(const Block* blocks, int count, Z Block::
     return Norm<Z::channels>(mean, variance, layer);
 }
 
-// z is overwritten by its own gradient, given da(c, h, w), that of activation(y) with y = norm(z). Through mean and
-// variance, each z affects all n values of y of its channel:
+// z is overwritten by its own gradient. Through mean and variance, each z affects all n values of y in its channel:
 // dz = scale * (dy - dbeta / n - (z - mean) * inverse * dgamma / n)
-static void norm_backward(auto& z, const auto& norm, auto&& da, const Block* blocks, int count, auto layer) {
+static void norm_backward(auto& z, const auto& norm, auto&& da, const Block* blocks, int count, auto layer, Part part) {
     const float n = count * LANES * z.area;
-    for (int c = 0; c < z.channels; c++) {
+    for (int c = part.first(z); c < part.end(z); c++) {
         float dgamma = 0, dbeta = 0;
         for (int i = 0; i < count; i++) {
             dgamma += (blocks[i].result.gradients.*layer).gamma[c];
@@ -367,20 +376,22 @@ extern "C" void run_batch(Block* blocks, const Parameters& p, const Statistics* 
                           const int64_t* labels, int batch, float rate1, float rate2, uint32_t key1, uint32_t key2,
                           int threads, float* output) {
     const int count = (batch + LANES - 1) / LANES;
-    const Dropout dropout1{rate1, key1}, dropout2{rate2, key2};
-    threads = std::max(1, std::min(threads, count));  // one, for no images at all
+    const Dropout dropout1{rate1, key1, uint32_t(batch)}, dropout2{rate2, key2, uint32_t(batch)};
+    const int team = LANES == 16 && threads >= 2 * count ? 2 : 1;  // with fewer lanes, GROUP does not divide half a map
+    threads = std::max(1, std::min(threads, team * count));  // one, for no images at all
     std::barrier barrier(threads);
 
     auto work = [&](int thread) {
-        auto each = [&](auto part) {  // for each block of this thread
-            for (int i = thread; i < count; i += threads) part(blocks[i], i * LANES);
+        const Part part{thread % team, team, barrier};
+        auto each = [&](auto task) {  // for each block of this thread
+            for (int i = thread / team; i < count; i += threads / team) task(blocks[i], i * LANES);
         };
         // Computes each block's x and z = conv(x). Returns the norm of z over the batch, the same in all threads.
         auto forward = [&]<class Z>(auto x, Z Block::*z, const auto& layer, const Statistics& running, auto make_x) {
             each([&](Block& b, int image) {
                 make_x(b, image);
-                convolve<3, false>(b.*x, layer.weight, layer.bias, b.*z);
-                if (labels) measure(b.*z);
+                convolve<3, false>(b.*x, layer.weight, layer.bias, b.*z, part);
+                if (labels) measure(b.*z, part);
             });
             if (!labels) return Norm<Z::channels>(running.mean, running.variance, layer);
             barrier.arrive_and_wait();
@@ -389,31 +400,34 @@ extern "C" void run_batch(Block* blocks, const Parameters& p, const Statistics* 
         // Writes the gradients of the layer's parameters; z and x are overwritten by their own. da(b): the gradient of
         // activation(norm(z)), to be called with (c, h, w): maps, or a function.
         auto backward = [&]<class X>(X Block::*x, auto z, auto layer, const auto& norm, auto da) {
-            each([&](Block& b, int) { norm_gradient(b.*z, norm, da(b), b.result.gradients.*layer); });
+            each([&](Block& b, int) { norm_gradient(b.*z, norm, da(b), b.result.gradients.*layer, part); });
             barrier.arrive_and_wait();
             each([&](Block& b, int) {
-                norm_backward(b.*z, norm, da(b), blocks, count, layer);
-                weight_gradient<3>(b.*x, b.*z, b.scratch, (b.result.gradients.*layer).weight);
-                if constexpr (X::channels > 1) convolve<3, true>(b.*z, (p.*layer).weight, nullptr, b.*x);
+                norm_backward(b.*z, norm, da(b), blocks, count, layer, part);
+                weight_gradient<3>(b.*x, b.*z, b.scratch, (b.result.gradients.*layer).weight, part);
+                if constexpr (X::channels > 1) convolve<3, true>(b.*z, (p.*layer).weight, nullptr, b.*x, part);
             });
         };
 
-        const Norm norm1 = forward(&Block::x, &Block::z1, p.layer1, norms[0],
-                                   [&](Block& b, int image) { read(pixels, image, batch, b); });
+        const Norm norm1 = forward(&Block::x, &Block::z1, p.layer1, norms[0], [&](Block& b, int image) {
+            if (part.number == 0) read(pixels, image, batch, b);
+        });
         const Norm norm2 = forward(&Block::a1, &Block::z2, p.layer2, norms[1],
-                                   [&](Block& b, int) { norm_activation(b.z1, norm1, b.a1); });
+                                   [&](Block& b, int) { norm_activation(b.z1, norm1, b.a1, part); });
         const Norm norm4 = forward(&Block::a3, &Block::z4, p.layer4, norms[2], [&](Block& b, int image) {
-            norm_pool(b.z2, norm2, b.a2, b.winner2, dropout1, image, batch);
-            convolve<1, false>(b.a2, p.conv3, p.bias3, b.a3);
+            norm_pool(b.z2, norm2, b.a2, b.winner2, dropout1, image, part);
+            convolve<1, false>(b.a2, p.conv3, p.bias3, b.a3, part);
         });
         const Norm norm5 = forward(&Block::a4, &Block::z5, p.layer5, norms[3],
-                                   [&](Block& b, int) { norm_activation(b.z4, norm4, b.a4); });
+                                   [&](Block& b, int) { norm_activation(b.z4, norm4, b.a4, part); });
         const Norm norm6 = forward(&Block::a5, &Block::z6, p.layer6, norms[4], [&](Block& b, int image) {
-            norm_pool(b.z5, norm5, b.a5, b.winner5, dropout2, image, batch);
+            norm_pool(b.z5, norm5, b.a5, b.winner5, dropout2, image, part);
         });
         each([&](Block& b, int image) {
-            head_forward(b, norm6, p);
-            if (labels) head_backward(b, p, labels + image, batch);
+            part.wait();
+            if (part.number == 0) head_forward(b, norm6, p);
+            if (part.number == 0 && labels) head_backward(b, p, labels + image, batch);
+            part.wait();
         });
         if (!labels) return;
 
@@ -423,9 +437,9 @@ extern "C" void run_batch(Block* blocks, const Parameters& p, const Statistics* 
                  [&](Block& b) { return unpool(b.a5, b.winner5, dropout2); });
         backward(&Block::a3, &Block::z4, &Parameters::layer4, norm4, [](Block& b) -> auto& { return b.a4; });
         each([&](Block& b, int) {
-            weight_gradient<1>(b.a2, b.a3, b.scratch, b.result.gradients.conv3);
-            for (int c = 0; c < 10; c++) b.result.gradients.bias3[c] = channel_sum(b.a3, c);
-            convolve<1, true>(b.a3, p.conv3, nullptr, b.a2);
+            weight_gradient<1>(b.a2, b.a3, b.scratch, b.result.gradients.conv3, part);
+            for (int c = part.first(b.a3); c < part.end(b.a3); c++) b.result.gradients.bias3[c] = channel_sum(b.a3, c);
+            convolve<1, true>(b.a3, p.conv3, nullptr, b.a2, part);
         });
         backward(&Block::a1, &Block::z2, &Parameters::layer2, norm2,
                  [&](Block& b) { return unpool(b.a2, b.winner2, dropout1); });
