@@ -19,6 +19,7 @@ COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 # By the compiler's flags. For the widths that this processor lacks, the vectors are made of smaller ones.
 LANES = {"-D__AVX512F__=1": 16, "-U__AVX512F__ -D__AVX__=1": 8, "-U__AVX512F__ -U__AVX__": 4}
+WIDTHS = "", *(pytest.param(flags, marks=pytest.mark.slow) for flags in LANES)
 
 
 def trained_net(activation=script.Recipe.activation):
@@ -38,7 +39,7 @@ def batch(test_set, size=32):
     return next(iter(script.Loader(test_set[0][:size], test_set[1][:size], size)))
 
 
-@pytest.mark.parametrize("flags", ["", *(pytest.param(flags, marks=pytest.mark.slow) for flags in LANES)])
+@pytest.mark.parametrize("flags", WIDTHS)
 @pytest.mark.parametrize("activation", script.ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["fresh", "ties", "trained"])
 def test_gradients_and_statistics_are_autograds(test_set, monkeypatch, kind, activation, flags):
@@ -91,7 +92,9 @@ def test_any_number_of_images_is_scored_and_what_it_is_not_made_for_goes_to_the_
     torch.testing.assert_close(eager, wanted, rtol=0, atol=0)
 
 
-def test_the_seed_alone_gives_the_bits_and_each_batch_draws_its_own_masks(test_set):
+@pytest.mark.parametrize("flags", WIDTHS)
+def test_the_seed_alone_gives_the_bits_and_each_batch_draws_its_own_masks(test_set, monkeypatch, flags):
+    monkeypatch.setenv("CXX", f"{COMPILER} {flags}".strip())
     images, labels = batch(test_set)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 4):
