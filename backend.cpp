@@ -1,5 +1,4 @@
 // One batch of script.py's network on a CPU: forward pass, loss and backward pass, in float32; see docs/speed.md.
-//
 // backend.py compiles this file, checks it against autograd, and calls run_batch().
 //
 // Layout. A Vector holds one pixel of LANES images, a Block all feature maps of these images, as [channel][row][column]
@@ -27,6 +26,7 @@ constexpr int LANES = 4, TILE = 10;
 #else
 constexpr int LANES = 4, TILE = 5;
 #endif
+constexpr bool TEAMS = LANES == 16;  // with fewer lanes, weight_gradient()'s GROUP does not divide half of a map
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Integers __attribute__((vector_size(4 * LANES)));
@@ -52,8 +52,8 @@ struct Part {
     int number, team;  // 0 of 1, or 0 or 1 of 2
     std::barrier<>& barrier;
 
-    int first(const auto& z) const { return z.channels * number / team; }
-    int end(const auto& z) const { return z.channels * (number + 1) / team; }
+    int first(const auto& z) const { return TEAMS ? z.channels * number / team : 0; }
+    int end(const auto& z) const { return TEAMS ? z.channels * (number + 1) / team : z.channels; }
     void wait() const { if (team > 1) barrier.arrive_and_wait(); }
 };
 
@@ -76,7 +76,7 @@ static inline float channel_sum(auto& z, int c) {
 // a bias, with in and out exchanged in the weight, and with the kernel rotated by 180 degrees.
 template <int K, bool backward, int SIZE = TILE, class In, class Out>
 [[gnu::noinline]] static void convolve(In& x, const float* weight, const float* bias, Out& y, Part part) {
-    if constexpr (Out::channels == SIZE)  // a team has half a tile for each thread
+    if constexpr (TEAMS && Out::channels == SIZE)  // a team has half a tile for each thread
         if (part.team > 1) return convolve<K, backward, SIZE / 2>(x, weight, bias, y, part);
     part.wait();
     for (int first = part.first(y); first < part.end(y); first += SIZE)
@@ -377,7 +377,7 @@ extern "C" void run_batch(Block* blocks, const Parameters& p, const Statistics* 
                           int threads, float* output) {
     const int count = (batch + LANES - 1) / LANES;
     const Dropout dropout1{rate1, key1, uint32_t(batch)}, dropout2{rate2, key2, uint32_t(batch)};
-    const int team = LANES == 16 && threads >= 2 * count ? 2 : 1;  // with fewer lanes, GROUP does not divide half a map
+    const int team = TEAMS && threads >= 2 * count ? 2 : 1;  // threads that share a block
     threads = std::max(1, std::min(threads, team * count));  // one, for no images at all
     std::barrier barrier(threads);
 
