@@ -161,11 +161,11 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.ndarray, np.ndarray]:
+def ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.ndarray, np.ndarray, float]:
     """How much each pixel differs from its paper, as a share of the light there, and the same without its finest grain.
 
-    From (H, W, 3) in [0, 255] to two of (H, W). signs: whether ink may be darker than its paper, lighter, or both.
-    Raises Failure where nothing stands out.
+    From (H, W, 3) in [0, 255] to two of (H, W), and the least that is not noise. signs: -1 where ink may be darker than
+    its paper, 1 where it may be lighter. Raises Failure where nothing stands out.
     """
     small = Image.fromarray(np.uint8(colours))
     small.thumbnail((100, 100), Image.Resampling.BOX)
@@ -182,16 +182,19 @@ def ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.ndarr
     height, width = grey.shape
     light = Image.fromarray(np.mean(papers, axis=0)).resize((width, height), Image.Resampling.BILINEAR)
     light = np.asarray(light) + 30  # a black board is no less noisy than a grey one
-    smooth = ndimage.gaussian_filter(grey, min(grey.shape) / 400)
+    blur = min(grey.shape) / 200
+    smooth = ndimage.gaussian_filter(grey, blur / 2)
     paper = without_ink(smooth)
     strength = (smooth - paper) / light
     strength -= np.percentile(strength, 10)  # of paper: where there is noise, its lowest was taken for the paper
-    if strength.max() <= FAINTEST:
+    noise = 1.5 * np.median(np.abs(strength - ndimage.gaussian_filter(strength, blur)))  # its standard deviation
+    faintest = max(FAINTEST, 5 * noise)
+    if strength.max() <= faintest:
         raise Failure("nothing on it stands out from its paper")
-    return (grey - paper) / light, strength
+    return (grey - paper) / light, strength, faintest
 
 
-def strokes(strength: np.ndarray, faintest: float = FAINTEST) -> np.ndarray:
+def strokes(strength: np.ndarray, faintest: float) -> np.ndarray:
     """Where ink (H, W) is a stroke: half as strong as the strongest near by, or weaker and joined to such."""
     strongest = ndimage.maximum_filter(strength, 1 + min(strength.shape) // 8)
     weak, strong = (np.maximum(faintest, share * strongest) for share in (0.3, 0.5))
@@ -279,11 +282,11 @@ def join_broken(marks: list[Mark], strength: np.ndarray, reach: float) -> list[M
     return find_marks(label(near) * mask, strength)
 
 
-def digit_like(mask: np.ndarray, strength: np.ndarray, reach: float = 0.04) -> tuple[list[Mark], list[Mark]]:
-    """The marks in a mask (H, W) that may be digits, and the others: frames, and the paper's edges."""
+def digit_like(mask: np.ndarray, strength: np.ndarray, reach: float) -> tuple[list[Mark], list[Mark]]:
+    """The marks in a mask (H, W) that may be digits, broken ones joined, and the others: frames and edges."""
     marks = find_marks(label(mask), strength)
     edges, marks = partition(marks, are_edges(marks, mask.shape))
-    marks = join_broken(marks, strength, reach) if marks else []
+    marks = join_broken(marks, strength, reach) if marks and reach else marks
     frames, marks = partition(marks, are_frames(marks))
     return marks, edges + frames
 
@@ -308,7 +311,7 @@ def lines_across(mask: np.ndarray) -> np.ndarray:
 def find_lines(mask: np.ndarray, strength: np.ndarray) -> np.ndarray:
     """The pixels of lines in a mask (H, W), across and down, that are longer than the digits."""
     labels = label(lines_across(mask) | lines_across(mask.T).T)
-    marks, _ = digit_like(mask & (labels == 0), strength)
+    marks, _ = digit_like(mask & (labels == 0), strength, reach=0)
     least = 1.3 * usual_height(marks) if marks else 0
     short = [region.label for region in regionprops(labels) if max(region.image.shape) <= least]
     return (labels > 0) & ~np.isin(labels, short)
@@ -367,7 +370,7 @@ def read_marks(marks: list[Mark], strength: np.ndarray, net: Net) -> list[Digit]
 # ---------------------------------------------------------------- digits that touch
 
 SLOPES = (0, 0.3)  # of cuts: columns to the left, for a row down
-EACH, THROUGH = 0.3, 0.2  # what a part costs, and a cut through the ink of one stroke
+EACH, THROUGH = 0.3, 0.45  # what a part costs, and a cut through the ink of one stroke
 
 
 def cropped(mark: Mark, keep: np.ndarray) -> Mark:
@@ -466,11 +469,11 @@ def in_rows(digits: list[Digit]) -> list[list[Digit]]:
     return sorted(rows, key=lambda row: np.median([middle(digit) for digit in row]))
 
 
-def read_ink(sharp: np.ndarray, strength: np.ndarray, net: Net) -> Reading:
+def read_ink(sharp: np.ndarray, strength: np.ndarray, faintest: float, net: Net) -> Reading:
     """The best reading of ink (H, W), sharp and without its finest grain."""
-    mask = strokes(strength)
-    if marks := digit_like(mask, strength)[0]:  # what is far weaker than the marks is no ink
-        mask = strokes(strength, max(FAINTEST, 0.3 * usual_contrast(marks)))
+    mask = strokes(strength, faintest)
+    if marks := digit_like(mask, strength, reach=0)[0]:  # what is far weaker than the marks is no ink
+        mask = strokes(strength, max(faintest, 0.3 * usual_contrast(marks)))
     best = read_mask(mask, sharp, net)
     if best.explained > 0.9 and not best.left_out:
         return best
@@ -481,7 +484,7 @@ def read_ink(sharp: np.ndarray, strength: np.ndarray, net: Net) -> Reading:
             cut.left_out += find_marks(label(line), strength)
             best = cut
     if best.explained < 0.8:  # broken strokes, perhaps, or pale lines beside strong ones
-        plain = strength > 0.8 * threshold_otsu(strength[strength > FAINTEST])
+        plain = strength > 0.8 * threshold_otsu(strength[strength > faintest])
         other = max(read_mask(mask, sharp, net, 0.12), read_mask(plain, sharp, net), key=lambda way: way.explained)
         best = other if other.explained > max(0.8, best.explained + 0.05) else best
     return best
