@@ -20,6 +20,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold, threshold_otsu
+from skimage.measure import label, regionprops
 from torch import Tensor
 
 from script import HERE, MEAN, STD, Failure, Net, load_net, run_command, save
@@ -41,34 +43,30 @@ class Box(NamedTuple):
     right: int
     bottom: int
 
+
+class Mark(NamedTuple):
+    """Ink that hangs together: its rows and columns, which of the pixels there (H, W) it covers, and its contrast."""
+
+    place: tuple[slice, slice]
+    mask: np.ndarray
+    contrast: float
+
     @property
-    def width(self) -> int:
-        return self.right - self.left
+    def box(self) -> Box:
+        y, x = self.place
+        return Box(x.start, y.start, x.stop, y.stop)
 
     @property
     def height(self) -> int:
-        return self.bottom - self.top
+        return self.mask.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.mask.shape[1]
 
     @property
     def size(self) -> int:
-        return max(self.width, self.height)
-
-    @property
-    def middle(self) -> float:
-        return (self.top + self.bottom) / 2
-
-    @property
-    def corner(self) -> tuple[slice, slice]:
-        """Its pixels, as an index of the picture."""
-        return np.s_[self.top : self.bottom, self.left : self.right]
-
-
-class Mark(NamedTuple):
-    """Ink that hangs together: its box, which of the box's pixels (H, W) it covers, and how strong it is."""
-
-    box: Box
-    mask: np.ndarray
-    contrast: float
+        return max(self.mask.shape)
 
 
 class Digit(NamedTuple):
@@ -79,21 +77,32 @@ class Digit(NamedTuple):
     probabilities: Tensor
 
     @property
-    def box(self) -> Box:
-        return self.mark.box
+    def value(self) -> int:
+        return self.probabilities.argmax().item()
+
+    @property
+    def probability(self) -> float:
+        return self.probabilities.max().item()
 
     @property
     def certainty(self) -> float:
         """The probability of what is read, less where the mark is wider than a digit."""
-        return self.probabilities.max().item() * min(1, max(0.2, 2.2 - self.box.width / self.box.height))
+        return self.probability * min(1, max(0.2, 1.8 - self.mark.width / self.mark.height))
 
 
-class Reading(NamedTuple):
+@dataclass
+class Reading:
     """What is read in a picture: its digits, line by line, what was left out, and why it is refused if it is."""
 
     rows: list[list[Digit]]
     left_out: list[Mark]
     problem: str = ""
+    scale: float = 1  # pixels of the picture as it is shown, for one of a mark's
+
+    def box(self, mark: Mark) -> Box:
+        """A mark's box in pixels of the picture as it is shown, upright."""
+        left, top, right, bottom = (side * self.scale for side in mark.box)
+        return Box(int(left), int(top), math.ceil(right), math.ceil(bottom))
 
     @property
     def digits(self) -> list[Digit]:
@@ -102,7 +111,7 @@ class Reading(NamedTuple):
     @property
     def worth(self) -> float:
         """How many digits are read, where one that is no better than a coin counts nothing."""
-        return sum(2 * digit.probabilities.max().item() - 1 for digit in self.digits)
+        return sum(2 * digit.probability - 1 for digit in self.digits)
 
     @property
     def explained(self) -> float:
@@ -123,9 +132,7 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
         picture = picture.reduce(max(1, int(math.sqrt(picture.width * picture.height / (4 * MOST_PIXELS)))))
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which Pillow would clip to 8
-        values = np.asarray(picture, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise Failure("it holds values that are not finite")
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
         picture = Image.fromarray(np.uint8(255 * (values - values.min()) / max(np.ptp(values), 1e-9)))
     layers = picture.convert("RGBA")
     shrink = min(1, math.sqrt(MOST_PIXELS / (layers.width * layers.height)))
@@ -137,21 +144,16 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
 def without_ink(grey: np.ndarray) -> np.ndarray:
     """What is left of a sheet (H, W) when light ink is taken from it: a morphological opening.
 
-    It takes away what is narrower than a square that is wider than any stroke, and keeps gradients and straight
-    edges of shadows. Beyond the border the sheet goes on as it is along it, so that a shadow that ends at the
-    border stays and ink that touches it does not: the border is a closed line, on which ink is short.
+    It takes away what is narrower than a square that is wider than any stroke, and keeps gradients and straight edges
+    of shadows. Beyond the border the paper goes on, but not the ink that touches it.
     """
-    height, width = grey.shape
-    short, long = sorted((height, width))
+    short, long = sorted(grey.shape)
     side = max(3, int(max(0.4 * short, min(0.3 * long, 2 * short))))
-    border = np.concatenate((grey[0], grey[:, -1], grey[-1, ::-1], grey[::-1, 0]))
-    border = ndimage.grey_opening(border, max(3, len(border) // 6), mode="wrap")
-    top, right, bottom, left = np.split(border, np.cumsum((width, height, width)))
-    framed = np.pad(grey, 1)
-    framed[0, 1:-1], framed[1:-1, -1], framed[-1, 1:-1], framed[1:-1, 0] = top, right, bottom[::-1], left[::-1]
-    framed[0, :: width + 1], framed[-1, :: width + 1] = top[[0, -1]], bottom[[-1, 0]]
-    opened = ndimage.grey_opening(np.pad(framed, side, mode="edge"), side)
-    return opened[side + 1 : -side - 1, side + 1 : -side - 1]
+    sheet = np.pad(grey, 1, mode="edge")
+    for border in sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]:
+        border[:] = ndimage.grey_opening(border, max(3, 2 * len(border) // 3))
+    sheet = ndimage.grey_opening(np.pad(sheet, side, mode="edge"), side)
+    return sheet[side + 1 : -side - 1, side + 1 : -side - 1]
 
 
 def roughness(grey: np.ndarray) -> float:
@@ -159,32 +161,33 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def ink(colours: np.ndarray, dark: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
-    """How much darker, lighter or otherwise coloured each pixel is than its paper, as a share of the light there.
+def ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.ndarray, np.ndarray, float]:
+    """How much each pixel differs from its paper, as a share of the light there, and the same without its finest grain.
 
-    From (H, W, 3) in [0, 255] to ink (H, W), the same without its finest grain, and the least that is not noise.
-    Raises Failure where nothing is more.
+    From (H, W, 3) in [0, 255] to two of (H, W), and the least that is not noise. signs: -1 where ink may be darker than
+    its paper, 1 where it may be lighter. Raises Failure where nothing stands out.
     """
-    height, width = colours.shape[:2]
-    size = [max(1, round(side * min(1, 100 / max(width, height)))) for side in (width, height)]
-    small = np.asarray(Image.fromarray(np.uint8(colours)).resize(size, Image.Resampling.BOX), dtype=np.float32)
-    papers, weights = [], []
-    for channel in np.moveaxis(small, 2, 0):
+    small = Image.fromarray(np.uint8(colours))
+    small.thumbnail((100, 100), Image.Resampling.BOX)
+    weights, papers = [], []
+    for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
         # Dark ink or light? Where it is the right one, the paper is smooth and the ink has few edges.
-        ways = [(sign, sign * without_ink(sign * channel)) for sign in ((-1,) if dark else (-1, 1))]
+        ways = [(sign, sign * without_ink(sign * channel)) for sign in signs]
         sign, paper = min(ways, key=lambda way: roughness(way[1]) + 0.8 * roughness(channel - way[1]))
-        papers.append(paper)
         weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
+        papers.append(paper)
     if not any(weights):
         raise Failure("nothing on it stands out from its paper")
     grey = colours @ np.float32(weights / np.abs(weights).sum())  # the mixture in which the ink is lightest
+    height, width = grey.shape
     light = Image.fromarray(np.mean(papers, axis=0)).resize((width, height), Image.Resampling.BILINEAR)
-    blur = min(width, height) / 400
-    smooth = ndimage.gaussian_filter(grey, blur)
-    paper, light = without_ink(smooth), np.asarray(light) + 30  # a black board is no less noisy than a grey one
+    light = np.asarray(light) + 30  # a black board is no less noisy than a grey one
+    blur = min(grey.shape) / 200
+    smooth = ndimage.gaussian_filter(grey, blur / 2)
+    paper = without_ink(smooth)
     strength = (smooth - paper) / light
     strength -= np.percentile(strength, 10)  # of paper: where there is noise, its lowest was taken for the paper
-    noise = 1.5 * np.median(np.abs(strength - ndimage.gaussian_filter(strength, 2 * blur)))  # its standard deviation
+    noise = 1.5 * np.median(np.abs(strength - ndimage.gaussian_filter(strength, blur)))  # its standard deviation
     faintest = max(FAINTEST, 5 * noise)
     if strength.max() <= faintest:
         raise Failure("nothing on it stands out from its paper")
@@ -200,59 +203,27 @@ def strokes(strength: np.ndarray, faintest: float) -> np.ndarray:
 
 # ---------------------------------------------------------------- marks
 
-NEIGHBOURS = np.ones((3, 3))
 MOST_MARKS, MOST_DIGITS = 3000, 600  # more are noise or text
 
 
-def find_marks(mask: np.ndarray, strength: np.ndarray) -> list[Mark]:
-    """The marks in a mask (H, W) that are larger than specks."""
-    labels, _ = ndimage.label(mask, NEIGHBOURS)
+def find_marks(labels: np.ndarray, strength: np.ndarray) -> list[Mark]:
+    """A mark for each number in labels (H, W), other than specks. Raises Failure where they are too many."""
     marks = []
-    for number, place in enumerate(ndimage.find_objects(labels), 1):
-        y, x = place
-        box = Box(x.start, y.start, x.stop, y.stop)
-        if box.size >= max(3, min(mask.shape) / 80):
-            part = labels[place] == number
-            marks.append(Mark(box, part, float(np.percentile(strength[place][part], 90))))
+    for region in regionprops(labels):
+        if max(region.image.shape) >= max(3, min(labels.shape) / 80):
+            contrast = np.percentile(strength[region.slice][region.image], 90)
+            marks.append(Mark(region.slice, region.image, float(contrast)))
     if len(marks) > MOST_MARKS:
         raise Failure(f"{len(marks)} marks are on it, which are no digits")
     return marks
-
-
-def union(marks: list[Mark]) -> Mark:
-    """Marks as one."""
-    boxes = np.array([mark.box for mark in marks])
-    box = Box(*boxes[:, :2].min(axis=0).tolist(), *boxes[:, 2:].max(axis=0).tolist())
-    mask = np.zeros((box.height, box.width), bool)
-    for (left, top, right, bottom), part, _ in marks:
-        mask[top - box.top : bottom - box.top, left - box.left : right - box.left] |= part
-    return Mark(box, mask, max(mark.contrast for mark in marks))
 
 
 def canvas(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
     """The mask (H, W) of these marks."""
     mask = np.zeros(shape, bool)
     for mark in marks:
-        mask[mark.box.corner] |= mark.mask
+        mask[mark.place] |= mark.mask
     return mask
-
-
-def weighted_median(values: list[float], weights: list[float]) -> float:
-    """The value that splits the weights into halves."""
-    order = np.argsort(values)
-    sums = np.cumsum(np.array(weights)[order])
-    return float(np.array(values)[order][np.searchsorted(sums, sums[-1] / 2)])
-
-
-def usual_height(marks: list[Mark]) -> float:
-    """The median height, to which a mark counts by its height: a few digits outweigh many specks or lines."""
-    heights = [mark.box.height for mark in marks]
-    return weighted_median(heights, heights)
-
-
-def usual_contrast(marks: list[Mark]) -> float:
-    """The median contrast, to which a mark counts by its height and contrast."""
-    return weighted_median([mark.contrast for mark in marks], [mark.contrast * mark.mask.sum() for mark in marks])
 
 
 def partition(marks: list[Mark], chosen: np.ndarray) -> tuple[list[Mark], list[Mark]]:
@@ -261,64 +232,63 @@ def partition(marks: list[Mark], chosen: np.ndarray) -> tuple[list[Mark], list[M
     return [mark for mark, yes in pairs if yes], [mark for mark, yes in pairs if not yes]
 
 
+def weighted_median(values: list[float], weights: list[float]) -> float:
+    """The value that splits the weights into halves."""
+    return float(np.quantile(values, 0.5, weights=weights, method="inverted_cdf"))
+
+
+def usual_height(marks: list[Mark]) -> float:
+    """The median height, to which a mark counts by its height: a few digits outweigh many specks or lines."""
+    heights = [mark.height for mark in marks]
+    return weighted_median(heights, heights)
+
+
+def usual_contrast(marks: list[Mark]) -> float:
+    """The median contrast, to which a mark counts by its ink."""
+    return weighted_median([mark.contrast for mark in marks], [mark.contrast * mark.mask.sum() for mark in marks])
+
+
 def are_edges(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
     """Which marks (N,) run along the picture's border, as a desk around the paper does. Not all: one is the digit."""
     border = np.ones(shape, bool)
     border[1:-1, 1:-1] = False
-    edges = np.array([(border[mark.box.corner] & mark.mask).sum() > 0.6 * mark.box.size for mark in marks], bool)
+    edges = np.array([(border[mark.place] & mark.mask).sum() > 0.6 * mark.size for mark in marks], bool)
     return edges & ~edges.all()
-
-
-def count_holes(mask: np.ndarray) -> int:
-    """How many holes of a thousandth of its box or more a mark has; a digit has two, and few more where ink is pale."""
-    labels, _ = ndimage.label(~np.pad(mask, 1))
-    return int((np.bincount(labels.ravel())[1:] > mask.size / 1000).sum()) - 1  # the ground around it is none
 
 
 def are_frames(marks: list[Mark]) -> np.ndarray:
     """Which marks (N,) are grids, or have others in their box that are no specks beside them, nor their noise."""
     left, top, right, bottom = np.array([mark.box for mark in marks]).reshape(-1, 4).T
-    sizes, contrasts = np.array([(mark.box.size, mark.contrast) for mark in marks]).reshape(-1, 2).T
+    sizes, contrasts = np.array([(mark.size, mark.contrast) for mark in marks]).reshape(-1, 2).T
     inside = (left[:, None] <= left) & (top[:, None] <= top) & (right[:, None] >= right) & (bottom[:, None] >= bottom)
     inside &= (contrasts > 0.3 * contrasts[:, None]) & ~np.eye(len(marks), dtype=bool)
-    return (inside @ sizes > 0.3 * sizes) | np.array([count_holes(mark.mask) > 20 for mark in marks], bool)
+    holes = [sum(hole.area > mark.mask.size / 1000 for hole in regionprops(label(~mark.mask))) for mark in marks]
+    return (inside @ sizes > 0.3 * sizes) | (np.array(holes) > 20)  # pale ink has small holes
 
 
-def joined(marks: list[Mark], grown: np.ndarray) -> list[Mark]:
-    """The marks, those as one whose pixels hang together in a mask (H, W) that was grown from theirs."""
-    labels, groups = ndimage.label(grown, NEIGHBOURS)[0], {}
-    for mark in marks:
-        groups.setdefault(labels[mark.box.corner][mark.mask][0], []).append(mark)
-    return [union(group) for group in groups.values()]
-
-
-def join_broken(marks: list[Mark], shape: tuple[int, int], reach: float | None) -> list[Mark]:
-    """The marks, with strokes as one that are broken by less than twice this reach, or 0.04 of the usual height.
+def join_broken(marks: list[Mark], strength: np.ndarray, reach: float) -> list[Mark]:
+    """The marks, with strokes as one that are broken by less than twice this share of the usual height.
 
     A dot, a mark that is hardly longer than strokes are wide, is no digit but part of what is next to it.
     """
+    mask = canvas(marks, strength.shape)
     width = weighted_median([stroke_width(mark.mask) for mark in marks], [mark.mask.sum() for mark in marks])
-    mask, dots = canvas(marks, shape), [mark for mark in marks if mark.box.size < 3 * width]
+    dots = [mark for mark in marks if mark.size < 3 * width]
+    near = mask.copy()
     if dots:
-        near = 1.5 * min(width, np.median([mark.box.size for mark in dots]))
-        marks = joined(marks, mask | (ndimage.distance_transform_edt(~canvas(dots, shape)) <= near))
-    reach = reach or 0.04 * usual_height(marks)
-    return joined(marks, ndimage.distance_transform_edt(~mask) <= reach)
+        far = 1.5 * min(width, np.median([mark.size for mark in dots]))
+        near |= ndimage.distance_transform_edt(~canvas(dots, strength.shape)) <= far
+    near |= ndimage.distance_transform_edt(~mask) <= reach * usual_height(marks)
+    return find_marks(label(near) * mask, strength)
 
 
-def digit_like(marks: list[Mark], shape: tuple[int, int]) -> list[Mark]:
-    """The marks that are neither edges nor frames."""
-    _, marks = partition(marks, are_edges(marks, shape))
-    return partition(marks, are_frames(marks))[1]
-
-
-def part_frames(mask: np.ndarray, strength: np.ndarray, reach: float | None = None) -> tuple[list[Mark], list[Mark]]:
-    """The frames and edges in a mask (H, W), and the marks that may be digits."""
-    marks = find_marks(mask, strength)
+def digit_like(mask: np.ndarray, strength: np.ndarray, reach: float) -> tuple[list[Mark], list[Mark]]:
+    """The marks in a mask (H, W) that may be digits, broken ones joined, and the others: frames and edges."""
+    marks = find_marks(label(mask), strength)
     edges, marks = partition(marks, are_edges(marks, mask.shape))
-    marks = join_broken(marks, mask.shape, reach) if marks else []
+    marks = join_broken(marks, strength, reach) if marks and reach else marks
     frames, marks = partition(marks, are_frames(marks))
-    return edges + frames, marks
+    return marks, edges + frames
 
 
 # ---------------------------------------------------------------- lines
@@ -330,35 +300,21 @@ def lines_across(mask: np.ndarray) -> np.ndarray:
     bar = int(max(6, width / 12, min(4 * stroke_width(mask), width / 4)))
     sloping = ndimage.maximum_filter1d(ink, 2 * reach + 1, axis=0)
     runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(sloping, bar), bar, origin=-1 + bar % 2) & ink
-    labels = ndimage.label(ndimage.maximum_filter(runs, 2 * reach + 1), NEIGHBOURS)[0] * runs
     line = np.zeros_like(mask)
-    for number, place in enumerate(ndimage.find_objects(labels), 1):
-        part = labels[place] == number
-        tall, long = part.shape
-        if long >= 0.45 * width and part.sum() <= long**2 / 8 and tall <= long / 6:
-            line[place] |= part
+    for region in regionprops(label(ndimage.maximum_filter(runs, 2 * reach + 1)) * runs):
+        tall, long = region.image.shape
+        if long >= 0.45 * width and region.area <= long**2 / 8 and tall <= long / 6:
+            line[region.slice] |= region.image
     return line
 
 
-def crossed(line: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    """The pixels of lines from left to right (H, W) that have a digit's ink near by, both above and below."""
-    near, ink = max(3, min(line.shape) // 60), digits.astype(np.uint8)
-    above = ndimage.maximum_filter1d(ink, near, axis=0, origin=(near - 1) // 2)
-    below = ndimage.maximum_filter1d(ink, near, axis=0, origin=-(near // 2))
-    return line & (ndimage.maximum_filter1d(above, 3) & ndimage.maximum_filter1d(below, 3) > 0)
-
-
 def find_lines(mask: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """The pixels of lines in a mask (H, W), across and down, that are longer than the digits, but no digit's."""
-    across, down = lines_across(mask), lines_across(mask.T).T
-    labels, number = ndimage.label(across | down, NEIGHBOURS)
-    marks = digit_like(find_marks(mask & (labels == 0), strength), mask.shape)
-    if not number or not marks:
-        return labels > 0
-    least = 1.3 * usual_height(marks)
-    long = [max(y.stop - y.start, x.stop - x.start) > least for y, x in ndimage.find_objects(labels)]
-    line = np.array([False, *long])[labels]
-    return line & ~crossed(across, mask & ~line) & ~crossed(down.T, (mask & ~line).T).T
+    """The pixels of lines in a mask (H, W), across and down, that are longer than the digits."""
+    labels = label(lines_across(mask) | lines_across(mask.T).T)
+    marks, _ = digit_like(mask & (labels == 0), strength, reach=0)
+    least = 1.3 * usual_height(marks) if marks else 0
+    short = [region.label for region in regionprops(labels) if max(region.image.shape) <= least]
+    return (labels > 0) & ~np.isin(labels, short)
 
 
 # ---------------------------------------------------------------- fields
@@ -405,123 +361,133 @@ def read_marks(marks: list[Mark], strength: np.ndarray, net: Net) -> list[Digit]
     """Each mark as the network reads it, from the ink (H, W) there."""
     fields = []
     for mark in marks:
-        more, (height, width), (left, top, right, bottom) = 1 + mark.box.size // 20, strength.shape, mark.box
-        around = Box(max(left - more, 0), max(top - more, 0), min(right + more, width), min(bottom + more, height))
-        margins = (top - around.top, around.bottom - bottom), (left - around.left, around.right - right)
-        fields.append(as_mnist(strength[around.corner], np.pad(mark.mask, margins)))
+        margin = 1 + mark.size // 20  # the strokes' grey edge lies outside the mark
+        around = tuple(slice(max(0, side.start - margin), side.stop + margin) for side in mark.place)
+        fields.append(as_mnist(strength[around], canvas([mark], strength.shape)[around]))
     return [Digit(*parts) for parts in zip(marks, fields, read(net, fields), strict=True)] if marks else []
 
 
-# ---------------------------------------------------------------- one digit or two
+# ---------------------------------------------------------------- digits that touch
 
-
-def may_be_one(one: Box, other: Box) -> bool:
-    """Whether two marks may be one digit's: one above the other, near by, and a part of a digit by its height."""
-    short, tall = sorted((one.height, other.height))
-    shared = min(one.right, other.right) - max(one.left, other.left)
-    gap = max(one.top, other.top) - min(one.bottom, other.bottom)
-    return shared > 0.5 * min(one.width, other.width) and gap < 0.4 * tall and short < 0.7 * tall
-
-
-def join(digits: list[Digit], strength: np.ndarray, net: Net) -> list[Digit]:
-    """The digits, with two as one that may be one digit's where the network is surer of the one."""
-    digits = list(digits)
-    pairs = [pair for pair in itertools.combinations(digits, 2) if may_be_one(pair[0].box, pair[1].box)]
-    for pair, both in zip(pairs, read_marks([union([a.mark, b.mark]) for a, b in pairs], strength, net), strict=True):
-        apart = [digit for digit in digits if any(digit is one for one in pair)]
-        if len(apart) == 2 and both.certainty > min(digit.certainty for digit in apart):
-            digits = [digit for digit in digits if not any(digit is one for one in pair)] + [both]
-    return digits
-
-
-def cuts(mark: Mark) -> list[tuple[Mark, Mark]]:
-    """The ways to cut a mark in two along a straight line through little ink, the least ink first."""
-    (height, width), edge = mark.mask.shape, max(1, mark.box.height // 10)
-    stroke = stroke_width(mark.mask)
-    if ndimage.label(mark.mask, NEIGHBOURS)[1] > 3 or stroke > 0.35 * height:  # a broken stroke, or no stroke at all
-        return []
-    wide = width > 1.4 * height
-    most, ways = (4 if wide else 3) * stroke, []
-    down, across = np.mgrid[:height, :width]
-    for slope in (-0.2, 0, 0.2, 0.4, 0.6):
-        upright = np.round(across + slope * (down - height / 2)).astype(int)  # the column after the slope is taken out
-        sheared = np.zeros((height + 1, width), bool)
-        inside = mark.mask & (upright >= 0) & (upright < width)
-        sheared[down[inside] + 1, upright[inside]] = True
-        amount, strokes = sheared.sum(axis=0), (sheared[1:] & ~sheared[:-1]).sum(axis=0)
-        least = (amount == ndimage.minimum_filter1d(amount, 2 * edge + 1)) & (amount <= most) & (strokes <= 1 + wide)
-        ways += [(amount[x], slope, x, upright < x) for x in np.nonzero(least)[0][::2] if edge <= x < width - edge]
-    found = []
-    for *_, left in sorted(ways, key=lambda way: way[:3])[: 24 * (1 + wide)]:
-        if (mark.mask & left).any() and (mark.mask & ~left).any():
-            pair = cropped(mark, left), cropped(mark, ~left)
-            if min(part.box.height for part in pair) >= 0.6 * height:
-                found.append(pair)
-    return found[: 12 * (1 + wide)]
+SLOPES = (0, 0.3)  # of cuts: columns to the left, for a row down
+EACH, THROUGH = 0.3, 0.45  # what a part costs, and a cut through the ink of one stroke
 
 
 def cropped(mark: Mark, keep: np.ndarray) -> Mark:
     """The part of a mark that is to be kept (H, W)."""
     ((y, x),) = ndimage.find_objects((mark.mask & keep).astype(int))
-    box = Box(mark.box.left + x.start, mark.box.top + y.start, mark.box.left + x.stop, mark.box.top + y.stop)
-    return Mark(box, (mark.mask & keep)[y, x], mark.contrast)
+    top, left = (side.start for side in mark.place)
+    place = slice(top + y.start, top + y.stop), slice(left + x.start, left + x.stop)
+    return Mark(place, (mark.mask & keep)[y, x], mark.contrast)
 
 
-def split(digit: Digit, strength: np.ndarray, net: Net, most: int = 4) -> list[Digit]:
-    """The digit, or those that touch in it, at most this many cuts, where the network is surer of each of them."""
-    if digit.certainty > 0.9 or not most:
-        return [digit]
-    best, sure = [digit], max(0.85, digit.certainty + 0.05)
-    parts = iter(read_marks([part for pair in cuts(digit.mark) for part in pair], strength, net))
-    pairs = sorted(zip(parts, parts, strict=True), key=lambda pair: -pair[0].certainty)
-    for left, right in pairs[:most]:
-        if left.certainty > sure:
-            rest = split(right, strength, net, most - 1)
-            if (least := min(part.certainty for part in (left, *rest))) > sure:
-                best, sure = [left, *rest], least
-    return best
+def price(digit: Digit) -> float:
+    """What a digit costs in a way to cut a mark: the less certain, the more."""
+    return EACH - math.log(digit.certainty)
+
+
+def cut(mark: Mark, slope: float, strength: np.ndarray, net: Net) -> tuple[float, list[Digit]]:
+    """The cheapest way to cut a mark along lines of this slope into digits side by side: its cost, and the digits."""
+    down, across = np.mgrid[: mark.height, : mark.width]
+    column = np.round(across + slope * down).astype(int)
+    column -= column[mark.mask].min()
+    strokes = np.bincount(column[mark.mask]) / stroke_width(mark.mask)  # in each column
+    step, end = max(2, mark.height // 10), len(strokes)
+    places = [start + np.argmin(strokes[start : start + step]) for start in range(step, end - step, step)]
+    places = [0, *[place for place in places if strokes[place] < 3], end]
+    parts = {}
+    for left, right in itertools.combinations(places, 2):
+        keep = mark.mask & (left <= column) & (column < right)
+        if right - left <= 1.2 * mark.height and keep.any() and np.ptp(np.nonzero(keep)[0]) >= 0.6 * mark.height:
+            parts[left, right] = cropped(mark, keep)
+    digits = dict(zip(parts, read_marks(list(parts.values()), strength, net), strict=True))
+    ways = {0: (0.0, [])}  # the cheapest up to each place
+    for place in places[1:]:
+        able = []
+        for (left, right), digit in digits.items():
+            if right == place and left in ways:
+                cost, before = ways[left]
+                able.append((cost + price(digit) + (left > 0) * THROUGH * strokes[left], [*before, digit]))
+        if able:
+            ways[place] = min(able, key=lambda way: way[0])
+    return ways.get(end, (math.inf, []))
+
+
+def split(digit: Digit, strength: np.ndarray, net: Net) -> list[Digit]:
+    """The digit, or those that touch in it.
+
+    Of all ways to cut it the cheapest stands, as in the heuristic over-segmentation of LeCun, Bottou, Bengio and
+    Haffner (1998).
+    """
+    if price(digit) < 2 * EACH or not 0.6 <= digit.mark.width / digit.mark.height < 8:
+        return [digit]  # two digits cost more
+    ways = [(price(digit), [digit])] + [cut(digit.mark, slope, strength, net) for slope in SLOPES]
+    return min(ways, key=lambda way: way[0])[1]
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float | None = None) -> Reading:
+def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float = 0.04) -> Reading:
     """Read the digits in a mask (H, W), those of the usual size and contrast."""
-    left_out, marks = part_frames(mask, strength, reach)
+    marks, left_out = digit_like(mask, strength, reach)
     if not marks:
         return Reading([], left_out)
     usual, contrast = usual_height(marks), usual_contrast(marks)
-    faint = [mark.box.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
+    faint = [mark.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
     out, marks = partition(marks, np.array(faint))
     if len(marks) > MOST_DIGITS:
         raise Failure(f"{len(marks)} marks are on it, which are no digits")
-    digits = join(read_marks(marks, strength, net), strength, net)
-    left_out, kept = left_out + out, []
-    for digit in digits:
-        if digit.certainty < 0.5 and len(digits) > 1 and digit.box.width < digit.box.height:
-            left_out.append(digit.mark)
-        elif 0.35 * usual <= digit.box.height <= 2 * usual and digit.box.width < 8 * usual:
-            kept += split(digit, strength, net)
+    found, left_out = [], left_out + out
+    for digit in read_marks(marks, strength, net):
+        mark = digit.mark
+        unsure = digit.certainty < 0.5 and len(marks) > 1 and mark.width < mark.height
+        if unsure or not (0.35 * usual <= mark.height <= 2 * usual and mark.width < 8 * usual):
+            left_out.append(mark)
         else:
-            left_out.append(digit.mark)
-    return Reading(lines(kept), left_out)
+            found += split(digit, strength, net)
+    return Reading(in_rows(found), left_out)
 
 
-def lines(digits: list[Digit]) -> list[list[Digit]]:
+def in_rows(digits: list[Digit]) -> list[list[Digit]]:
     """Part digits into lines, top down, each from left to right: a digit goes on with the line that ends next to it."""
     rows = []
-    for digit in sorted(digits, key=lambda digit: digit.box.left):
-        ends = [(row[-1].box, row) for row in rows]
-        near = [
-            (abs(end.middle - digit.box.middle) + 0.2 * max(0, digit.box.left - end.right), number)
-            for number, (end, _) in enumerate(ends)
-            if abs(end.middle - digit.box.middle) < 0.5 * max(end.height, digit.box.height)
-        ]
+
+    def middle(digit: Digit) -> float:
+        return (digit.mark.box.top + digit.mark.box.bottom) / 2
+
+    for digit in sorted(digits, key=lambda digit: digit.mark.box.left):
+        near = []
+        for row in rows:
+            end, beside = row[-1], abs(middle(row[-1]) - middle(digit))
+            if beside < 0.5 * max(end.mark.height, digit.mark.height):
+                near.append((beside + 0.2 * max(0, digit.mark.box.left - end.mark.box.right), row))
         if near:
-            rows[min(near)[1]].append(digit)
+            min(near, key=lambda pair: pair[0])[1].append(digit)
         else:
             rows.append([digit])
-    return sorted(rows, key=lambda row: np.median([digit.box.middle for digit in row]))
+    return sorted(rows, key=lambda row: np.median([middle(digit) for digit in row]))
+
+
+def read_ink(sharp: np.ndarray, strength: np.ndarray, faintest: float, net: Net) -> Reading:
+    """The best reading of ink (H, W), sharp and without its finest grain."""
+    mask = strokes(strength, faintest)
+    if marks := digit_like(mask, strength, reach=0)[0]:  # what is far weaker than the marks is no ink
+        mask = strokes(strength, max(faintest, 0.3 * usual_contrast(marks)))
+    best = read_mask(mask, sharp, net)
+    if best.explained > 0.9 and not best.left_out:
+        return best
+    line = find_lines(mask, strength)
+    if line.any():
+        cut = read_mask(mask & ~line, sharp, net)
+        if cut.worth > 0.7 * best.worth:
+            cut.left_out += find_marks(label(line), strength)
+            best = cut
+    if best.explained < 0.8:  # broken strokes, perhaps, or pale lines beside strong ones
+        plain = strength > 0.8 * threshold_otsu(strength[strength > faintest])
+        other = max(read_mask(mask, sharp, net, 0.12), read_mask(plain, sharp, net), key=lambda way: way.explained)
+        best = other if other.explained > max(0.8, best.explained + 0.05) else best
+    return best
 
 
 def look(picture: Image.Image, net: Net) -> Reading:
@@ -533,49 +499,18 @@ def look(picture: Image.Image, net: Net) -> Reading:
             inked = ink(colours := flatten(picture, "black"))
         reading = read_ink(*inked, net)
         with contextlib.suppress(Failure):  # light paper on a dark desk was taken for ink, perhaps
-            dark = ink(colours, dark=True)
+            dark = ink(colours, signs=(-1,))
             if not np.array_equal(dark[1], inked[1]):
                 other = read_ink(*dark, net)
                 reading = other if other.worth > 2 * reading.worth else reading
     except Failure as failure:
         return Reading([], [], str(failure))
-    enlarged = max(picture.size) / max(colours.shape)
-
-    def shown(mark: Mark) -> Mark:
-        left, top, right, bottom = (side * enlarged for side in mark.box)
-        return mark._replace(box=Box(int(left), int(top), math.ceil(right), math.ceil(bottom)))
-
-    rows = [[digit._replace(mark=shown(digit.mark)) for digit in row] for row in reading.rows]
-    left_out, shortest = [shown(mark) for mark in reading.left_out], max(5, min(colours.shape[:2]) / 40)
-    if not rows or usual_height([digit.mark for digit in reading.digits]) < shortest:
-        return Reading([], left_out, "nothing on it has the size and shape of a digit")
-    return Reading(rows, left_out)
-
-
-def read_ink(sharp: np.ndarray, strength: np.ndarray, faintest: float, net: Net) -> Reading:
-    """The best reading of ink (H, W), sharp and without its finest grain."""
-    mask = strokes(strength, faintest)
-    marks = digit_like(find_marks(mask, strength), mask.shape)
-    if marks:  # what is far weaker than the marks is no ink
-        mask = strokes(strength, max(faintest, 0.3 * usual_contrast(marks)))
-    best = read_mask(mask, sharp, net)
-    if len(best.digits) == 1 and best.digits[0].certainty > 0.9 and not best.left_out:
-        return best
-    if len(best.digits) < 30 and any(digit.certainty < 0.9 for digit in best.digits):  # one digit in many pieces?
-        marks = digit_like(find_marks(mask, strength), mask.shape)
-        coarse = read_mask(mask, sharp, net, 0.04 * union(marks).box.size) if marks else best
-        best = coarse if coarse.explained > best.explained + 0.05 else best
-    line = find_lines(mask, strength)
-    alone = len(best.digits) == 1 and best.digits[0].certainty > 0.9
-    largest = alone and all(mark.box.size <= best.digits[0].box.size for mark in best.left_out)
-    if line.any() and not largest:
-        cut = read_mask(mask & ~line, sharp, net)
-        if cut.worth > 0.7 * best.worth:
-            best = cut._replace(left_out=cut.left_out + find_marks(line, strength))
-    if best.explained < 0.7:  # much ink is no digit's: pale lines, perhaps, that one threshold for all leaves out
-        plain = read_mask(strength > 0.8 * threshold_otsu(strength[strength > faintest]), sharp, net)
-        best = plain if plain.explained > 0.9 else best
-    return best
+    shortest = max(5, min(colours.shape[:2]) / 40)
+    if not reading.rows or usual_height([digit.mark for digit in reading.digits]) < shortest:
+        reading.problem = "nothing on it has the size and shape of a digit"
+        reading.left_out, reading.rows = reading.left_out + [digit.mark for digit in reading.digits], []
+    reading.scale = max(picture.size) / max(colours.shape)
+    return reading
 
 
 @functools.cache
@@ -594,84 +529,67 @@ def digits(picture: Image.Image, net: Net | None = None) -> list[tuple[Box, Tens
     reading = look(picture, net or committed_net())
     if reading.problem:
         raise Failure(reading.problem)
-    return [(digit.box, digit.field) for digit in reading.digits]
+    return [(reading.box(digit.mark), digit.field) for digit in reading.digits]
 
 
 # ---------------------------------------------------------------- command line
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MOST_READ = 150_000_000  # pixels
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; phones make 108 million
 OWN = {"Software": "predict.py --seen"}  # by which a PNG says that it may be overwritten
 
 
 def draw(picture: Image.Image, reading: Reading) -> bytes:
     """The picture with a red frame around each digit, a blue one around what was left out, and the fields, as a PNG."""
     from matplotlib.figure import Figure  # here, as it takes as long to import as a picture to be read
+    from matplotlib.patches import Rectangle
 
     from pictures import png
 
-    shown, found = Image.fromarray(np.uint8(flatten(picture, "white"))), reading.digits
-    height = 6
-    wide, columns = min(18, max(1, height * shown.width / shown.height)), max(4, math.ceil(math.sqrt(len(found) / 1.2)))
-    rows = max(3, math.ceil(len(found) / columns))
-    panel = height * 32 * columns / (38 * rows + 10) if found else 0
-    figure = Figure(figsize=(wide + panel, height))
-    axes = figure.add_axes((0, 0, wide / figure.get_figwidth(), 1))
-    longest = max(picture.size)
-    across, down = (longest * side / max(shown.size) for side in shown.size)
-    axes.imshow(shown, extent=(0, across, down, 0))
-    axes.axis("off")
-    for mark, colour, text in [
-        *((mark, "tab:blue", "") for mark in reading.left_out),
-        *((digit.mark, "tab:red", str(digit.probabilities.argmax().item())) for digit in found),
-    ]:
-        left, top, right, bottom = mark.box
-        axes.plot((left, right, right, left, left), (top, top, bottom, bottom, top), color=colour, linewidth=1)
-        axes.text(left, top, text, color=colour, fontsize=9, ha="right", va="bottom", clip_on=True)
-    if found:
-        axes = figure.add_axes((wide / figure.get_figwidth(), 0, panel / figure.get_figwidth(), 1))
-        for number, digit in enumerate(found):
-            x, y = 32 * (number % columns), 38 * (number // columns)
-            axes.imshow(digit.field[0].numpy(), cmap="gray", vmin=0, vmax=1, extent=(x, x + 28, y + 28, y))
-            best = digit.probabilities.max().item()
-            title = f"{digit.probabilities.argmax()} {100 * best:.0f}%"
-            axes.text(x + 14, y - 1, title, ha="center", fontsize=min(10, 60 / columns))
-        axes.set(xlim=(-4, 32 * columns), ylim=(38 * rows, -10))
-        axes.axis("off")
+    found, shown = reading.digits, ImageOps.exif_transpose(picture)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(np.uint8(flatten(picture, "white")), extent=(0, shown.width, shown.height, 0))
+    frames = [(mark, "tab:blue", "") for mark in reading.left_out]
+    frames += [(digit.mark, "tab:red", str(digit.value)) for digit in found]
+    for mark, colour, text in frames:
+        box = reading.box(mark)
+        size = box.right - box.left, box.bottom - box.top
+        left.add_patch(Rectangle(box[:2], *size, fill=False, edgecolor=colour))
+        left.text(*box[:2], text, color=colour, fontsize=9, ha="right", va="bottom", clip_on=True)
+    columns = max(4, math.ceil(math.sqrt(len(found))))
+    for number, digit in enumerate(found):
+        x, y = 32 * (number % columns), 38 * (number // columns)
+        right.imshow(digit.field[0].numpy(), cmap="gray", vmin=0, vmax=1, extent=(x, x + 28, y + 28, y))
+        title = f"{digit.value} {100 * digit.probability:.0f}%"
+        right.text(x + 14, y - 1, title, ha="center", fontsize=min(10, 60 / columns))
+    right.set(xlim=(-4, 32 * columns), ylim=(38 * math.ceil(max(1, len(found)) / columns), -10))
+    left.axis("off")
+    right.axis("off")
     return png(figure, OWN)
 
 
-def pictures_in(paths: list[str]) -> Iterator[tuple[str, io.BytesIO | Path]]:
-    """The names of picture files, and the files: those in a folder, and standard input for "-"."""
-    for path in paths:
-        if path == "-":
-            yield path, io.BytesIO(sys.stdin.buffer.read())
-        elif Path(path).is_dir():
-            endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
-            inside = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in endings]
-            yield from ((str(file), file) for file in inside or [Path(path)])  # an empty one is an error
-        else:
-            yield path, Path(path)
+def picture_files(paths: list[str]) -> Iterator[str]:
+    """These paths, with the pictures in a folder instead of the folder."""
+    endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
+    for path in map(Path, paths):
+        inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in endings] if path.is_dir() else []
+        yield from map(str, inside or [path])  # a folder without pictures is an error
 
 
-def pages(name: str, file: io.BytesIO | Path) -> Iterator[tuple[str, Image.Image]]:
+def pages(path: str) -> Iterator[tuple[str, Image.Image]]:
     """The pages of a picture file with their names. Raises Failure, or what Pillow raises for a damaged one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damage that does not hinder
-        content = file.read_bytes() if isinstance(file, Path) else file.getvalue()
-        if content[4:8] == b"ftyp":
-            raise Failure("it is a HEIC or AVIF picture, or a film; save it as JPEG")
-        try:
-            picture = Image.open(io.BytesIO(content), formats=FORMATS)
-        except Image.UnidentifiedImageError as error:
-            raise Failure("it is not a picture") from error
-        if picture.width * picture.height > MOST_READ:
-            raise Failure(f"it is too large: more than {MOST_READ:,} pixels")
-        last = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
-        for number in range(last):
-            picture.seek(number)
-            picture.load()
-            yield name if last == 1 else f"{name} page {number + 1}", picture
+    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        kind = "is HEIC, AVIF or a film" if content[4:8] == b"ftyp" else "is not a picture"
+        raise Failure(f"it {kind}; save it as JPEG") from error
+    last = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+    for number in range(last):
+        picture.seek(number)
+        picture.load()
+        yield path if last == 1 else f"{path} page {number + 1}", picture
 
 
 def line_of(reading: Reading) -> str:
@@ -679,31 +597,29 @@ def line_of(reading: Reading) -> str:
     if len(reading.digits) == 1:
         (p, q), (first, second) = (part.tolist() for part in reading.digits[0].probabilities.topk(2))
         return f"{first} ({100 * p:.1f}%), then {second} ({100 * q:.1f}%)"
-    texts = [
-        " ".join(f"{row.argmax()}{'?' * (row.max().item() < 0.9)}" for row in (digit.probabilities for digit in line))
-        for line in reading.rows
-    ]
+    texts = [" ".join(f"{digit.value}{'?' * (digit.probability < 0.9)}" for digit in row) for row in reading.rows]
     return " / ".join(texts)
 
 
 def object_of(name: str, reading: Reading) -> str:
     """What is read, as a JSON object."""
     read = [
-        {"line": number, "box": digit.box, "digit": p.argmax().item(), "probability": round(p.max().item(), 4)}
-        for number, line in enumerate(reading.rows, 1)
-        for digit in line
-        for p in [digit.probabilities]
+        {"line": n, "box": reading.box(digit.mark), "digit": digit.value, "probability": round(digit.probability, 4)}
+        for n, row in enumerate(reading.rows, 1)
+        for digit in row
     ]
     problem = {"error": reading.problem} if reading.problem else {}
-    return json.dumps({"file": name, "digits": read, "left_out": [mark.box for mark in reading.left_out], **problem})
+    left_out = [reading.box(mark) for mark in reading.left_out]
+    return json.dumps({"file": name, "digits": read, "left_out": left_out, **problem})
 
 
 def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int:
     """Print what each picture's digits are, and draw the picture to seen. Returns the exit status: 1 if any failed."""
+    warnings.simplefilter("ignore")  # Pillow's, of damage that does not hinder
     status = 0
-    for path, file in pictures_in(paths):
+    for path in picture_files(paths):
         try:
-            for name, picture in pages(path, file):
+            for name, picture in pages(path):
                 reading = look(picture, net)
                 if seen:
                     save(seen, draw(picture, reading))

@@ -152,7 +152,7 @@ def main(paths: list[str]) -> None:
     net = load_net(HERE / "assets" / "model.pt")
     print("kind of sheet   read right")
     for kind in KINDS + PAGES:
-        print(f"{kind:<14}  {right(net, kind, images[:, 0], labels, 60, 13):>9.1%}", flush=True)
+        print(f"{kind:<14}  {right(net, kind, images[:, 0], labels, 200, 13):>9.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,8 @@ def told(capsys, *arguments):
 
 @pytest.mark.parametrize("kind", sheets.KINDS + sheets.PAGES)
 def test_each_kind_of_sheet_is_read(net, test_set, kind):
-    """Other digits and other sheets than the table's, ten of each kind; a digit too many takes one away."""
-    least = 0.6 if kind == "touching" else 0.7  # one very wide 0 costs three
-    assert sheets.right(net, kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= least
+    """Other digits and other sheets than the table's, ten of each kind. One that is read as two costs 0.2."""
+    assert sheets.right(net, kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= 0.8
 
 
 @pytest.mark.parametrize("width", [2, 4, 8, 24])
@@ -165,11 +164,11 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch
         "white": (Image.new("RGB", (300, 200), "white"), "nothing on it stands out from its paper"),
         "clear": (Image.new("RGBA", (300, 200), (0, 0, 0, 0)), "nothing on it stands out from its paper"),
         "noise": (Image.fromarray(noise), r"(\d+ marks are on it|nothing on it)"),
-        "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "it is a HEIC or AVIF picture, or a film; save it as JPEG"),
+        "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "it is HEIC, AVIF or a film; save it as JPEG"),
         "gradient": (Image.fromarray(np.uint8(np.linspace(60, 250, 400) * np.ones((300, 1)))), "nothing on it"),
         "line": (line, "nothing on it has the size and shape of a digit"),
         "print": (page, r"(\d+ marks are on it|nothing on it has the size and shape)"),
-        "huge": (Image.new("1", (16_000, 10_000)), "it is too large"),
+        "huge": (Image.new("1", (20_000, 11_000)), "Image size"),
         "folder": (None, "Is a directory"),
         "missing": (None, "No such file or directory"),
     }
