@@ -370,7 +370,7 @@ def read_marks(marks: list[Mark], strength: np.ndarray, net: Net) -> list[Digit]
 # ---------------------------------------------------------------- digits that touch
 
 SLOPES = (0, 0.3)  # of cuts: columns to the left, for a row down
-EACH, THROUGH = 0.3, 0.45  # what a part costs, and a cut through the ink of one stroke
+EACH, THROUGH = 0.3, 0.45  # what each digit costs, and each stroke that a cut goes through
 
 
 def cropped(mark: Mark, keep: np.ndarray) -> Mark:
@@ -391,10 +391,10 @@ def cut(mark: Mark, slope: float, strength: np.ndarray, net: Net) -> tuple[float
     down, across = np.mgrid[: mark.height, : mark.width]
     column = np.round(across + slope * down).astype(int)
     column -= column[mark.mask].min()
-    strokes = np.bincount(column[mark.mask]) / stroke_width(mark.mask)  # in each column
-    step, end = max(2, mark.height // 10), len(strokes)
-    places = [start + np.argmin(strokes[start : start + step]) for start in range(step, end - step, step)]
-    places = [0, *[place for place in places if strokes[place] < 3], end]
+    crossed = np.bincount(column[mark.mask]) / stroke_width(mark.mask)  # how many strokes a cut goes through
+    step, end = max(2, mark.height // 10), len(crossed)
+    places = [start + np.argmin(crossed[start : start + step]) for start in range(step, end - step, step)]
+    places = [0, *[place for place in places if crossed[place] < 3], end]
     parts = {}
     for left, right in itertools.combinations(places, 2):
         keep = mark.mask & (left <= column) & (column < right)
@@ -407,7 +407,7 @@ def cut(mark: Mark, slope: float, strength: np.ndarray, net: Net) -> tuple[float
         for (left, right), digit in digits.items():
             if right == place and left in ways:
                 cost, before = ways[left]
-                able.append((cost + price(digit) + (left > 0) * THROUGH * strokes[left], [*before, digit]))
+                able.append((cost + price(digit) + (left > 0) * THROUGH * crossed[left], [*before, digit]))
         if able:
             ways[place] = min(able, key=lambda way: way[0])
     return ways.get(end, (math.inf, []))
@@ -479,13 +479,13 @@ def read_ink(sharp: np.ndarray, strength: np.ndarray, faintest: float, net: Net)
         return best
     line = find_lines(mask, strength)
     if line.any():
-        cut = read_mask(mask & ~line, sharp, net)
-        if cut.worth > 0.7 * best.worth:
-            cut.left_out += find_marks(label(line), strength)
-            best = cut
+        without = read_mask(mask & ~line, sharp, net)
+        if without.worth > 0.7 * best.worth:
+            without.left_out += find_marks(label(line), strength)
+            best = without
     if best.explained < 0.8:  # broken strokes, perhaps, or pale lines beside strong ones
         plain = strength > 0.8 * threshold_otsu(strength[strength > faintest])
-        other = max(read_mask(mask, sharp, net, 0.12), read_mask(plain, sharp, net), key=lambda way: way.explained)
+        other = max(read_mask(mask, sharp, net, 0.3), read_mask(plain, sharp, net), key=lambda way: way.explained)
         best = other if other.explained > max(0.8, best.explained + 0.05) else best
     return best
 

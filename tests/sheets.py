@@ -1,6 +1,6 @@
 """Simulated photos of handwritten digits, and how many of the digits predict.py reads right on each kind.
 
-python tests/sheets.py              print the README's table; MNIST's test digits, 200 a kind
+python tests/sheets.py              print the README's table; MNIST's test digits, 100 a kind
 python tests/sheets.py sheet.jpg    make the README's sheet
 """
 
@@ -152,7 +152,7 @@ def main(paths: list[str]) -> None:
     net = load_net(HERE / "assets" / "model.pt")
     print("kind of sheet   read right")
     for kind in KINDS + PAGES:
-        print(f"{kind:<14}  {right(net, kind, images[:, 0], labels, 200, 13):>9.1%}", flush=True)
+        print(f"{kind:<14}  {right(net, kind, images[:, 0], labels, 100, 13):>9.1%}", flush=True)
 
 
 if __name__ == "__main__":
