@@ -214,7 +214,7 @@ def find_marks(labels: np.ndarray, strength: np.ndarray) -> list[Mark]:
             contrast = np.percentile(strength[region.slice][region.image], 90)
             marks.append(Mark(region.slice, region.image, float(contrast)))
     if len(marks) > MOST_MARKS:
-        raise Failure(f"{len(marks)} marks are on it, which are no digits")
+        raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
     return marks
 
 
@@ -419,7 +419,7 @@ def split(digit: Digit, strength: np.ndarray, net: Net) -> list[Digit]:
     Of all ways to cut it the cheapest stands, as in the heuristic over-segmentation of LeCun, Bottou, Bengio and
     Haffner (1998).
     """
-    if price(digit) < 2 * EACH or not 0.6 <= digit.mark.width / digit.mark.height < 8:
+    if price(digit) < 2 * EACH or not 0.6 <= digit.mark.width / digit.mark.height < 5:
         return [digit]  # two digits cost more
     ways = [(price(digit), [digit])] + [cut(digit.mark, slope, strength, net) for slope in SLOPES]
     return min(ways, key=lambda way: way[0])[1]
@@ -437,7 +437,7 @@ def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float = 0
     faint = [mark.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
     out, marks = partition(marks, np.array(faint))
     if len(marks) > MOST_DIGITS:
-        raise Failure(f"{len(marks)} marks are on it, which are no digits")
+        raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
     found, left_out = [], left_out + out
     for digit in read_marks(marks, strength, net):
         mark = digit.mark
@@ -498,10 +498,9 @@ def look(picture: Image.Image, net: Net) -> Reading:
         except Failure:  # white ink on transparency, perhaps
             inked = ink(colours := flatten(picture, "black"))
         reading = read_ink(*inked, net)
-        with contextlib.suppress(Failure):  # light paper on a dark desk was taken for ink, perhaps
-            dark = ink(colours, signs=(-1,))
-            if not np.array_equal(dark[1], inked[1]):
-                other = read_ink(*dark, net)
+        if reading.left_out or reading.explained < 0.9:  # light paper on a dark desk was taken for ink, perhaps
+            with contextlib.suppress(Failure):
+                other = read_ink(*ink(colours, signs=(-1,)), net)
                 reading = other if other.worth > 2 * reading.worth else reading
     except Failure as failure:
         return Reading([], [], str(failure))
@@ -572,6 +571,7 @@ def draw(picture: Image.Image, reading: Reading) -> bytes:
 def picture_files(paths: list[str]) -> Iterator[str]:
     """These paths, with the pictures in a folder instead of the folder."""
     endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
+    endings += [".heic", ".heif"]  # phones' pictures, to be refused with a reason
     for path in map(Path, paths):
         inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in endings] if path.is_dir() else []
         yield from map(str, inside or [path])  # a folder without pictures is an error
@@ -613,28 +613,34 @@ def object_of(name: str, reading: Reading) -> str:
     return json.dumps({"file": name, "digits": read, "left_out": left_out, **problem})
 
 
+def readings(path: str, net: Net, drawn: bool) -> Iterator[tuple[str, Reading, bytes]]:
+    """The name of each page of a picture file, what is read on it, and draw()'s picture where it is wanted."""
+    try:
+        for name, picture in pages(path):
+            reading = look(picture, net)
+            yield name, reading, draw(picture, reading) if drawn else b""
+    except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
+        problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        yield path, Reading([], [], problem), b""
+
+
 def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int:
     """Print what each picture's digits are, and draw the picture to seen. Returns the exit status: 1 if any failed."""
     warnings.simplefilter("ignore")  # Pillow's, of damage that does not hinder
     status = 0
     for path in picture_files(paths):
-        try:
-            for name, picture in pages(path):
-                reading = look(picture, net)
-                if seen:
-                    save(seen, draw(picture, reading))
-                if as_json:
-                    print(object_of(name, reading))
-                elif not reading.problem:
-                    print(f"{name}: {line_of(reading)}")
-                if reading.problem:
-                    raise Failure(reading.problem)
-                if reading.left_out:
-                    print(f"predict.py: {name}: {len(reading.left_out)} marks left out", file=sys.stderr)
-        except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
-            problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            print(f"predict.py: error: cannot read {path}: {problem}", file=sys.stderr)
-            status = 1
+        for name, reading, drawn in readings(path, net, seen is not None):
+            if as_json:
+                print(object_of(name, reading))
+            elif reading.digits:
+                print(f"{name}: {line_of(reading)}")
+            if reading.problem:
+                print(f"predict.py: error: cannot read {name}: {reading.problem}", file=sys.stderr)
+                status = 1
+            elif reading.left_out:
+                print(f"predict.py: {name}: {len(reading.left_out)} marks left out", file=sys.stderr)
+            if drawn:
+                save(seen, drawn)
     return status
 
 
@@ -643,7 +649,7 @@ def is_own(path: Path) -> bool:
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             return OWN.items() <= picture.info.items()
-    except OSError:
+    except Exception:  # Pillow's decoders raise nearly anything
         return False
 
 
