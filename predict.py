@@ -370,6 +370,7 @@ def read_marks(marks: list[Mark], strength: np.ndarray, net: Net) -> list[Digit]
 # ---------------------------------------------------------------- digits that touch
 
 SLOPES = (0, 0.3)  # of cuts: columns to the left, for a row down
+MOST_CUTS = 10  # places to choose from
 EACH, THROUGH = 0.3, 0.45  # what each digit costs, and each stroke that a cut goes through
 
 
@@ -394,7 +395,8 @@ def cut(mark: Mark, slope: float, strength: np.ndarray, net: Net) -> tuple[float
     crossed = np.bincount(column[mark.mask]) / stroke_width(mark.mask)  # how many strokes a cut goes through
     step, end = max(2, mark.height // 10), len(crossed)
     places = [start + np.argmin(crossed[start : start + step]) for start in range(step, end - step, step)]
-    places = [0, *[place for place in places if crossed[place] < 3], end]
+    places = sorted((place for place in places if crossed[place] < 3), key=lambda place: crossed[place])[:MOST_CUTS]
+    places = [0, *sorted(places), end]
     parts = {}
     for left, right in itertools.combinations(places, 2):
         keep = mark.mask & (left <= column) & (column < right)
@@ -486,7 +488,9 @@ def read_ink(sharp: np.ndarray, strength: np.ndarray, faintest: float, net: Net)
     if best.explained < 0.8:  # broken strokes, perhaps, or pale lines beside strong ones
         plain = strength > 0.8 * threshold_otsu(strength[strength > faintest])
         other = max(read_mask(mask, sharp, net, 0.3), read_mask(plain, sharp, net), key=lambda way: way.explained)
-        best = other if other.explained > max(0.8, best.explained + 0.05) else best
+        if other.explained > max(0.8, best.explained + 0.05):
+            # A frame with digits in it may look like one digit.
+            best = other if best.explained < 0.4 or other.worth > best.worth - 2 else best
     return best
 
 
@@ -498,10 +502,11 @@ def look(picture: Image.Image, net: Net) -> Reading:
         except Failure:  # white ink on transparency, perhaps
             inked = ink(colours := flatten(picture, "black"))
         reading = read_ink(*inked, net)
-        if reading.left_out or reading.explained < 0.9:  # light paper on a dark desk was taken for ink, perhaps
+        if len(reading.digits) < 3 or reading.explained < 0.9:  # light paper on a dark desk was taken for ink, perhaps
             with contextlib.suppress(Failure):
                 other = read_ink(*ink(colours, signs=(-1,)), net)
-                reading = other if other.worth > 2 * reading.worth else reading
+                better = other.worth > 2 * reading.worth + 2 or other.explained > reading.explained + 0.5
+                reading = other if better else reading
     except Failure as failure:
         return Reading([], [], str(failure))
     shortest = max(5, min(colours.shape[:2]) / 40)
