@@ -132,7 +132,9 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
         picture = picture.reduce(max(1, int(math.sqrt(picture.width * picture.height / (4 * MOST_PIXELS)))))
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which Pillow would clip to 8
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
+        values = np.asarray(picture, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise Failure("it holds values that are not finite")
         picture = Image.fromarray(np.uint8(255 * (values - values.min()) / max(np.ptp(values), 1e-9)))
     layers = picture.convert("RGBA")
     shrink = min(1, math.sqrt(MOST_PIXELS / (layers.width * layers.height)))
@@ -539,7 +541,7 @@ def digits(picture: Image.Image, net: Net | None = None) -> list[tuple[Box, Tens
 # ---------------------------------------------------------------- command line
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; phones make 108 million
+MOST_READ = 150_000_000  # pixels
 OWN = {"Software": "predict.py --seen"}  # by which a PNG says that it may be overwritten
 
 
@@ -590,6 +592,8 @@ def pages(path: str) -> Iterator[tuple[str, Image.Image]]:
     except Image.UnidentifiedImageError as error:
         kind = "is HEIC, AVIF or a film" if content[4:8] == b"ftyp" else "is not a picture"
         raise Failure(f"it {kind}; save it as JPEG") from error
+    if picture.width * picture.height > MOST_READ:
+        raise Failure(f"it is too large: more than {MOST_READ:,} pixels")
     last = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
     for number in range(last):
         picture.seek(number)
