@@ -674,6 +674,11 @@ def test_ctrl_c_keeps_the_finished_epochs_and_says_how_to_go_on(tmp_path, unbrok
 # ---------------------------------------------------------------- faults of the machine
 
 
+def test_numbers_that_processors_are_slow_at_count_as_zero():
+    code = "import script, sys, torch; sys.exit(script.run_command('', lambda: int(torch.tensor(1e-39) * 1 > 0)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, check=False).returncode == 0
+
+
 def test_two_writers_of_one_file_leave_it_whole(tmp_path):
     path, contents = tmp_path / "file", [letter * 2**20 for letter in (b"a", b"b")]
     script.save(path, contents[0])
