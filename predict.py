@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
-from skimage.filters import apply_hysteresis_threshold, threshold_otsu
+from skimage.filters import apply_hysteresis_threshold
 from skimage.measure import label, regionprops
 from torch import Tensor
 
@@ -95,7 +95,8 @@ class Reading:
     """What is read in a picture: its digits, line by line, what was left out, and why it is refused if it is."""
 
     rows: list[list[Digit]]
-    left_out: list[Mark]
+    unread: list[Mark]  # of a digit's size, but read as none
+    frames: list[Mark]  # and lines, the paper's edges, specks
     problem: str = ""
     scale: float = 1  # pixels of the picture as it is shown, for one of a mark's
 
@@ -109,15 +110,22 @@ class Reading:
         return [digit for row in self.rows for digit in row]
 
     @property
-    def worth(self) -> float:
-        """How many digits are read, where one that is no better than a coin counts nothing."""
-        return sum(2 * digit.probability - 1 for digit in self.digits)
+    def left_out(self) -> list[Mark]:
+        return self.unread + self.frames
 
     @property
     def explained(self) -> float:
-        """The share of the ink that is read, each digit's by its certainty."""
-        read = sum(digit.certainty * digit.mark.mask.sum() for digit in self.digits)
-        return read / max(1, sum(mark.mask.sum() for mark in [digit.mark for digit in self.digits] + self.left_out))
+        """The share of the ink, without that of frames, that is read; each digit counts by its certainty."""
+        total = sum(mark.mask.sum() for mark in [digit.mark for digit in self.digits] + self.unread)
+        return sum(digit.certainty * digit.mark.mask.sum() for digit in self.digits) / max(1, total)
+
+    @property
+    def merit(self) -> float:
+        """By which one of several readings is chosen: the ink explained, and how many digits more likely than not.
+
+        The root, as ink that is cut into pieces gives many digits.
+        """
+        return self.explained * math.sqrt(sum(max(0, 2 * digit.certainty - 1) for digit in self.digits))
 
 
 # ---------------------------------------------------------------- paper and ink
@@ -298,10 +306,10 @@ def digit_like(mask: np.ndarray, strength: np.ndarray, reach: float) -> tuple[li
 
 def lines_across(mask: np.ndarray) -> np.ndarray:
     """The pixels of long thin lines in a mask (H, W) that run from left to right."""
-    ink, width, reach = mask.astype(np.uint8), mask.shape[1], max(1, min(mask.shape) // 300)
+    pixels, width, reach = mask.astype(np.uint8), mask.shape[1], max(1, min(mask.shape) // 300)
     bar = int(max(6, width / 12, min(4 * stroke_width(mask), width / 4)))
-    sloping = ndimage.maximum_filter1d(ink, 2 * reach + 1, axis=0)
-    runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(sloping, bar), bar, origin=-1 + bar % 2) & ink
+    sloping = ndimage.maximum_filter1d(pixels, 2 * reach + 1, axis=0)
+    runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(sloping, bar), bar, origin=-1 + bar % 2) & pixels
     line = np.zeros_like(mask)
     for region in regionprops(label(ndimage.maximum_filter(runs, 2 * reach + 1)) * runs):
         tall, long = region.image.shape
@@ -434,23 +442,23 @@ def split(digit: Digit, strength: np.ndarray, net: Net) -> list[Digit]:
 
 def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float = 0.04) -> Reading:
     """Read the digits in a mask (H, W), those of the usual size and contrast."""
-    marks, left_out = digit_like(mask, strength, reach)
+    marks, frames = digit_like(mask, strength, reach)
     if not marks:
-        return Reading([], left_out)
+        return Reading([], [], frames)
     usual, contrast = usual_height(marks), usual_contrast(marks)
     faint = [mark.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
-    out, marks = partition(marks, np.array(faint))
+    specks, marks = partition(marks, np.array(faint))
     if len(marks) > MOST_DIGITS:
         raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
-    found, left_out = [], left_out + out
+    found, unread, frames = [], [], frames + specks
     for digit in read_marks(marks, strength, net):
         mark = digit.mark
         unsure = digit.certainty < 0.5 and len(marks) > 1 and mark.width < mark.height
         if unsure or not (0.35 * usual <= mark.height <= 2 * usual and mark.width < 8 * usual):
-            left_out.append(mark)
+            unread.append(mark)
         else:
             found += split(digit, strength, net)
-    return Reading(in_rows(found), left_out)
+    return Reading(in_rows(found), unread, frames)
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
@@ -478,22 +486,15 @@ def read_ink(sharp: np.ndarray, strength: np.ndarray, faintest: float, net: Net)
     mask = strokes(strength, faintest)
     if marks := digit_like(mask, strength, reach=0)[0]:  # what is far weaker than the marks is no ink
         mask = strokes(strength, max(faintest, 0.3 * usual_contrast(marks)))
-    best = read_mask(mask, sharp, net)
-    if best.explained > 0.9 and not best.left_out:
-        return best
+    ways = [read_mask(mask, sharp, net)]
+    if ways[0].explained > 0.8:
+        return ways[0]
     line = find_lines(mask, strength)
     if line.any():
-        without = read_mask(mask & ~line, sharp, net)
-        if without.worth > 0.7 * best.worth:
-            without.left_out += find_marks(label(line), strength)
-            best = without
-    if best.explained < 0.8:  # broken strokes, perhaps, or pale lines beside strong ones
-        plain = strength > 0.8 * threshold_otsu(strength[strength > faintest])
-        other = max(read_mask(mask, sharp, net, 0.3), read_mask(plain, sharp, net), key=lambda way: way.explained)
-        if other.explained > max(0.8, best.explained + 0.05):
-            # A frame with digits in it may look like one digit.
-            best = other if best.explained < 0.4 or other.worth > best.worth - 2 else best
-    return best
+        ways.append(read_mask(mask & ~line, sharp, net))
+        ways[-1].frames += find_marks(label(line), strength)
+    ways.append(read_mask(mask, sharp, net, reach=0.3))  # strokes that are broken further
+    return max(ways, key=lambda way: way.merit)
 
 
 def look(picture: Image.Image, net: Net) -> Reading:
@@ -506,15 +507,16 @@ def look(picture: Image.Image, net: Net) -> Reading:
         reading = read_ink(*inked, net)
         if len(reading.digits) < 3 or reading.explained < 0.9:  # light paper on a dark desk was taken for ink, perhaps
             with contextlib.suppress(Failure):
-                other = read_ink(*ink(colours, signs=(-1,)), net)
-                better = other.worth > 2 * reading.worth + 2 or other.explained > reading.explained + 0.5
-                reading = other if better else reading
+                dark = ink(colours, signs=(-1,))
+                if not np.array_equal(dark[0], inked[0]):
+                    other = read_ink(*dark, net)
+                    reading = other if other.merit > 2 * reading.merit else reading
     except Failure as failure:
-        return Reading([], [], str(failure))
+        return Reading([], [], [], str(failure))
     shortest = max(5, min(colours.shape[:2]) / 40)
     if not reading.rows or usual_height([digit.mark for digit in reading.digits]) < shortest:
         reading.problem = "nothing on it has the size and shape of a digit"
-        reading.left_out, reading.rows = reading.left_out + [digit.mark for digit in reading.digits], []
+        reading.unread, reading.rows = reading.unread + [digit.mark for digit in reading.digits], []
     reading.scale = max(picture.size) / max(colours.shape)
     return reading
 
@@ -630,7 +632,7 @@ def readings(path: str, net: Net, drawn: bool) -> Iterator[tuple[str, Reading, b
             yield name, reading, draw(picture, reading) if drawn else b""
     except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
         problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        yield path, Reading([], [], problem), b""
+        yield path, Reading([], [], [], problem), b""
 
 
 def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int:
