@@ -1,4 +1,4 @@
-"""What a run leaves as pictures: its curves, its confusions, what it misread and what it was shown."""
+"""The figures: a run's curves, confusions, misread and augmented images, and what predict.py saw."""
 
 import io
 import math
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
@@ -64,6 +65,28 @@ def sheet(images: Tensor, titles: list[str]) -> Figure:
         axes.text(x + 14, y - 1, title, ha="center", fontsize=7)
     axes.set(xlim=(-2, 318), ylim=(35 * rows - 5, -7))
     axes.axis("off")
+    return figure
+
+
+def seen(picture: np.ndarray, size: tuple[int, int], frames: list[tuple], fields: list[tuple[Tensor, str]]) -> Figure:
+    """What predict.py saw: a picture (H, W, 3), drawn in this size (width, height), with frames on it, and the fields.
+
+    Each frame is its box (left, top, right, bottom), colour and text; each field its image (28, 28) and title.
+    """
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(picture, extent=(0, size[0], size[1], 0))
+    for (x, y, x_end, y_end), colour, text in frames:
+        left.add_patch(Rectangle((x, y), x_end - x, y_end - y, fill=False, edgecolor=colour))
+        left.text(x, y, text, color=colour, fontsize=9, ha="right", va="bottom", clip_on=True)
+    columns = max(4, math.ceil(math.sqrt(len(fields))))
+    for index, (image, title) in enumerate(fields):
+        x, y = 32 * (index % columns), 38 * (index // columns)
+        right.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(x, x + 28, y + 28, y))
+        right.text(x + 14, y - 1, title, ha="center", fontsize=min(10, 60 / columns))
+    right.set(xlim=(-4, 32 * columns), ylim=(38 * math.ceil(max(1, len(fields)) / columns), -10))
+    left.axis("off")
+    right.axis("off")
     return figure
 
 

@@ -4,9 +4,10 @@
     python predict.py --json - <picture.jpg        the same with boxes and probabilities, as JSON
     python predict.py --seen seen.png photo.jpg    and draw what was found in it, and what the network saw
 
-Ink is what differs from the paper around it. Ink that hangs together is a mark; lines, frames and the edges of the
-paper are no digits. Each digit is made into a 28x28 field as MNIST's own were, and where two readings of the same
-ink are possible, one digit or two, with a printed line or without, the network's more probable one stands.
+Ink is what differs from the paper around it (find_ink, strokes). Connected ink is a mark (find_marks); frames, edges
+of the paper and specks are ignored (find_candidates), and so are printed lines (find_lines). A mark is made into a
+28x28 field as MNIST's own were (as_mnist), and marks of touching digits are cut (split). Where the same ink can be read
+in several ways, the network's probabilities decide (read_ink).
 """
 
 import argparse
@@ -19,7 +20,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class Box(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Ink that hangs together: its rows and columns, which of the pixels there (H, W) it covers, and its contrast."""
+    """Connected ink: its rows and columns, which of the pixels there (H, W) it covers, and its contrast."""
 
     place: tuple[slice, slice]
     mask: np.ndarray
@@ -67,65 +68,6 @@ class Mark(NamedTuple):
     @property
     def size(self) -> int:
         return max(self.mask.shape)
-
-
-class Digit(NamedTuple):
-    """A mark as the network reads it: its field (1, 28, 28), and the probability of each of the ten digits."""
-
-    mark: Mark
-    field: Tensor
-    probabilities: Tensor
-
-    @property
-    def value(self) -> int:
-        return self.probabilities.argmax().item()
-
-    @property
-    def probability(self) -> float:
-        return self.probabilities.max().item()
-
-    @property
-    def certainty(self) -> float:
-        """The probability of what is read, less where the mark is wider than a digit."""
-        return self.probability * min(1, max(0.2, 1.8 - self.mark.width / self.mark.height))
-
-
-@dataclass
-class Reading:
-    """What is read in a picture: its digits, line by line, what was left out, and why it is refused if it is."""
-
-    rows: list[list[Digit]]
-    unread: list[Mark]  # of a digit's size, but read as none
-    frames: list[Mark]  # and lines, the paper's edges, specks
-    problem: str = ""
-    scale: float = 1  # pixels of the picture as it is shown, for one of a mark's
-
-    def box(self, mark: Mark) -> Box:
-        """A mark's box in pixels of the picture as it is shown, upright."""
-        left, top, right, bottom = (side * self.scale for side in mark.box)
-        return Box(int(left), int(top), math.ceil(right), math.ceil(bottom))
-
-    @property
-    def digits(self) -> list[Digit]:
-        return [digit for row in self.rows for digit in row]
-
-    @property
-    def left_out(self) -> list[Mark]:
-        return self.unread + self.frames
-
-    @property
-    def explained(self) -> float:
-        """The share of the ink, without that of frames, that is read; each digit counts by its certainty."""
-        total = sum(mark.mask.sum() for mark in [digit.mark for digit in self.digits] + self.unread)
-        return sum(digit.certainty * digit.mark.mask.sum() for digit in self.digits) / max(1, total)
-
-    @property
-    def merit(self) -> float:
-        """By which one of several readings is chosen: the ink explained, and how many digits more likely than not.
-
-        The root, as ink that is cut into pieces gives many digits.
-        """
-        return self.explained * math.sqrt(sum(max(0, 2 * digit.certainty - 1) for digit in self.digits))
 
 
 # ---------------------------------------------------------------- paper and ink
@@ -152,10 +94,10 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
 
 
 def without_ink(grey: np.ndarray) -> np.ndarray:
-    """What is left of a sheet (H, W) when light ink is taken from it: a morphological opening.
+    """What is left of a sheet (H, W) when light ink is removed: a morphological opening.
 
-    It takes away what is narrower than a square that is wider than any stroke, and keeps gradients and straight edges
-    of shadows. Beyond the border the paper goes on, but not the ink that touches it.
+    It removes what is narrower than a square that is wider than any stroke, and keeps gradients and straight edges of
+    shadows. Around the sheet its border is continued, without the ink that touches it.
     """
     short, long = sorted(grey.shape)
     side = max(3, int(max(0.4 * short, min(0.3 * long, 2 * short))))
@@ -171,57 +113,56 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.ndarray, np.ndarray, float]:
-    """How much each pixel differs from its paper, as a share of the light there, and the same without its finest grain.
+def find_ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.ndarray, np.ndarray, float]:
+    """How much each pixel differs from its paper, as a share of the light there.
 
-    From (H, W, 3) in [0, 255] to two of (H, W), and the least that is not noise. signs: -1 where ink may be darker than
-    its paper, 1 where it may be lighter. Raises Failure where nothing stands out.
+    From (H, W, 3) in [0, 255] to ink (H, W), the same smoothed, and the least smoothed ink that is not noise. signs:
+    -1 where ink may be darker than its paper, 1 where it may be lighter. Raises Failure where nothing stands out.
     """
     small = Image.fromarray(np.uint8(colours))
     small.thumbnail((100, 100), Image.Resampling.BOX)
     weights, papers = [], []
     for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
-        # Dark ink or light? Where it is the right one, the paper is smooth and the ink has few edges.
-        ways = [(sign, sign * without_ink(sign * channel)) for sign in signs]
-        sign, paper = min(ways, key=lambda way: roughness(way[1]) + 0.8 * roughness(channel - way[1]))
+        # Dark ink or light? With the right sign the paper is smooth, and the ink has few edges.
+        guesses = [(sign, sign * without_ink(sign * channel)) for sign in signs]
+        sign, paper = min(guesses, key=lambda guess: roughness(guess[1]) + 0.8 * roughness(channel - guess[1]))
         weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
         papers.append(paper)
-    if not any(weights):
-        raise Failure("nothing on it stands out from its paper")
-    grey = colours @ np.float32(weights / np.abs(weights).sum())  # the mixture in which the ink is lightest
+    weights = np.array(weights) / max(np.abs(weights).sum(), 1e-9)
+    grey = colours @ np.float32(weights)  # the mixture of the channels in which the ink is lightest
     height, width = grey.shape
     light = Image.fromarray(np.mean(papers, axis=0)).resize((width, height), Image.Resampling.BILINEAR)
     light = np.asarray(light) + 30  # a black board is no less noisy than a grey one
     blur = min(grey.shape) / 200
     smooth = ndimage.gaussian_filter(grey, blur / 2)
     paper = without_ink(smooth)
-    strength = (smooth - paper) / light
-    strength -= np.percentile(strength, 10)  # of paper: where there is noise, its lowest was taken for the paper
-    noise = 1.5 * np.median(np.abs(strength - ndimage.gaussian_filter(strength, blur)))  # its standard deviation
+    smooth = (smooth - paper) / light
+    smooth -= np.percentile(smooth, 10)  # of paper: where there is noise, its lowest was taken for the paper
+    noise = 1.5 * np.median(np.abs(smooth - ndimage.gaussian_filter(smooth, blur)))  # its standard deviation
     faintest = max(FAINTEST, 5 * noise)
-    if strength.max() <= faintest:
+    if smooth.max() <= faintest:
         raise Failure("nothing on it stands out from its paper")
-    return (grey - paper) / light, strength, faintest
+    return (grey - paper) / light, smooth, faintest
 
 
-def strokes(strength: np.ndarray, faintest: float) -> np.ndarray:
-    """Where ink (H, W) is a stroke: half as strong as the strongest near by, or weaker and joined to such."""
-    strongest = ndimage.maximum_filter(strength, 1 + min(strength.shape) // 8)
+def strokes(ink: np.ndarray, faintest: float) -> np.ndarray:
+    """Where ink (H, W) is a stroke: half as strong as the strongest near it, or weaker and connected to such ink."""
+    strongest = ndimage.maximum_filter(ink, 1 + min(ink.shape) // 8)
     weak, strong = (np.maximum(faintest, share * strongest) for share in (0.3, 0.5))
-    return apply_hysteresis_threshold(strength, weak, strong)
+    return apply_hysteresis_threshold(ink, weak, strong)
 
 
 # ---------------------------------------------------------------- marks
 
-MOST_MARKS, MOST_DIGITS = 3000, 600  # more are noise or text
+MOST_MARKS = 3000  # more are noise or text
 
 
-def find_marks(labels: np.ndarray, strength: np.ndarray) -> list[Mark]:
-    """A mark for each number in labels (H, W), other than specks. Raises Failure where they are too many."""
+def find_marks(labels: np.ndarray, ink: np.ndarray) -> list[Mark]:
+    """A mark for each number in labels (H, W), specks omitted. Raises Failure where they are too many."""
     marks = []
     for region in regionprops(labels):
         if max(region.image.shape) >= max(3, min(labels.shape) / 80):
-            contrast = np.percentile(strength[region.slice][region.image], 90)
+            contrast = np.percentile(ink[region.slice][region.image], 90)
             marks.append(Mark(region.slice, region.image, float(contrast)))
     if len(marks) > MOST_MARKS:
         raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
@@ -248,55 +189,62 @@ def weighted_median(values: list[float], weights: list[float]) -> float:
 
 
 def usual_height(marks: list[Mark]) -> float:
-    """The median height, to which a mark counts by its height: a few digits outweigh many specks or lines."""
+    """The median height, weighted by height: a few digits outweigh many specks or lines."""
     heights = [mark.height for mark in marks]
     return weighted_median(heights, heights)
 
 
 def usual_contrast(marks: list[Mark]) -> float:
-    """The median contrast, to which a mark counts by its ink."""
+    """The median contrast, weighted by ink."""
     return weighted_median([mark.contrast for mark in marks], [mark.contrast * mark.mask.sum() for mark in marks])
 
 
 def are_edges(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
-    """Which marks (N,) run along the picture's border, as a desk around the paper does. Not all: one is the digit."""
+    """Which marks (N,) run along the picture's border, as a desk around the paper does. If all do, none."""
     border = np.ones(shape, bool)
     border[1:-1, 1:-1] = False
     edges = np.array([(border[mark.place] & mark.mask).sum() > 0.6 * mark.size for mark in marks], bool)
-    return edges & ~edges.all()
+    return edges if not edges.all() else ~edges
 
 
 def are_frames(marks: list[Mark]) -> np.ndarray:
-    """Which marks (N,) are grids, or have others in their box that are no specks beside them, nor their noise."""
+    """Which marks (N,) have others in their box, more than specks or noise, or are grids."""
     left, top, right, bottom = np.array([mark.box for mark in marks]).reshape(-1, 4).T
     sizes, contrasts = np.array([(mark.size, mark.contrast) for mark in marks]).reshape(-1, 2).T
+    # inside[i, j]: mark j lies in the box of mark i
     inside = (left[:, None] <= left) & (top[:, None] <= top) & (right[:, None] >= right) & (bottom[:, None] >= bottom)
     inside &= (contrasts > 0.3 * contrasts[:, None]) & ~np.eye(len(marks), dtype=bool)
-    holes = [sum(hole.area > mark.mask.size / 1000 for hole in regionprops(label(~mark.mask))) for mark in marks]
-    return (inside @ sizes > 0.3 * sizes) | (np.array(holes) > 20)  # pale ink has small holes
+    holes = [np.bincount(label(~mark.mask).flat)[1:] > mark.mask.size / 1000 for mark in marks]  # pale ink has smaller
+    return (inside @ sizes > 0.3 * sizes) | (np.array([large.sum() for large in holes]) > 20)
 
 
-def join_broken(marks: list[Mark], strength: np.ndarray, reach: float) -> list[Mark]:
-    """The marks, with strokes as one that are broken by less than twice this share of the usual height.
+def stroke_width(mask: np.ndarray) -> float:
+    """The strokes' mean width: their pixels' mean distance to an edge is a quarter of it, and half a pixel."""
+    return 4 * (ndimage.distance_transform_edt(np.pad(mask, 1)).sum() / max(1, mask.sum()) - 0.5)
+
+
+def join_broken(marks: list[Mark], ink: np.ndarray, gap: float) -> list[Mark]:
+    """The marks, with those joined that are less than a gap apart, a share of the usual height.
 
     A dot, a mark that is hardly longer than strokes are wide, is no digit but part of what is next to it.
     """
-    mask = canvas(marks, strength.shape)
+    mask = canvas(marks, ink.shape)
     width = weighted_median([stroke_width(mark.mask) for mark in marks], [mark.mask.sum() for mark in marks])
     dots = [mark for mark in marks if mark.size < 3 * width]
     near = mask.copy()
     if dots:
         far = 1.5 * min(width, np.median([mark.size for mark in dots]))
-        near |= ndimage.distance_transform_edt(~canvas(dots, strength.shape)) <= far
-    near |= ndimage.distance_transform_edt(~mask) <= reach * usual_height(marks)
-    return find_marks(label(near) * mask, strength)
+        near |= ndimage.distance_transform_edt(~canvas(dots, ink.shape)) <= far
+    near |= ndimage.distance_transform_edt(~mask) <= gap / 2 * usual_height(marks)
+    return find_marks(label(near) * mask, ink)
 
 
-def digit_like(mask: np.ndarray, strength: np.ndarray, reach: float) -> tuple[list[Mark], list[Mark]]:
-    """The marks in a mask (H, W) that may be digits, broken ones joined, and the others: frames and edges."""
-    marks = find_marks(label(mask), strength)
+def find_candidates(mask: np.ndarray, ink: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
+    """The marks in a mask (H, W) that may be digits, joined over gaps (see join_broken), and the frames and edges."""
+    marks = find_marks(label(mask), ink)
     edges, marks = partition(marks, are_edges(marks, mask.shape))
-    marks = join_broken(marks, strength, reach) if marks and reach else marks
+    if marks and gap:
+        marks = join_broken(marks, ink, gap)
     frames, marks = partition(marks, are_frames(marks))
     return marks, edges + frames
 
@@ -306,50 +254,67 @@ def digit_like(mask: np.ndarray, strength: np.ndarray, reach: float) -> tuple[li
 
 def lines_across(mask: np.ndarray) -> np.ndarray:
     """The pixels of long thin lines in a mask (H, W) that run from left to right."""
-    pixels, width, reach = mask.astype(np.uint8), mask.shape[1], max(1, min(mask.shape) // 300)
-    bar = int(max(6, width / 12, min(4 * stroke_width(mask), width / 4)))
-    sloping = ndimage.maximum_filter1d(pixels, 2 * reach + 1, axis=0)
-    runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(sloping, bar), bar, origin=-1 + bar % 2) & pixels
+    width, near = mask.shape[1], 2 * max(1, min(mask.shape) // 300) + 1
+    bar = int(max(6, width / 12, min(4 * stroke_width(mask), width / 4)))  # the shortest piece of a line
+    thick = ndimage.maximum_filter(mask, (near, 1))  # in which sloping lines have long runs, too
+    runs = ndimage.grey_opening(thick, (1, bar)) & mask
     line = np.zeros_like(mask)
-    for region in regionprops(label(ndimage.maximum_filter(runs, 2 * reach + 1)) * runs):
+    for region in regionprops(label(ndimage.maximum_filter(runs, near)) * runs):
         tall, long = region.image.shape
         if long >= 0.45 * width and region.area <= long**2 / 8 and tall <= long / 6:
             line[region.slice] |= region.image
     return line
 
 
-def find_lines(mask: np.ndarray, strength: np.ndarray) -> np.ndarray:
+def find_lines(mask: np.ndarray, ink: np.ndarray) -> np.ndarray:
     """The pixels of lines in a mask (H, W), across and down, that are longer than the digits."""
-    labels = label(lines_across(mask) | lines_across(mask.T).T)
-    marks, _ = digit_like(mask & (labels == 0), strength, reach=0)
+    lines = lines_across(mask) | lines_across(mask.T).T
+    marks, _ = find_candidates(mask & ~lines, ink, gap=0)
     least = 1.3 * usual_height(marks) if marks else 0
-    short = [region.label for region in regionprops(labels) if max(region.image.shape) <= least]
-    return (labels > 0) & ~np.isin(labels, short)
+    for region in regionprops(label(lines)):
+        if max(region.image.shape) <= least:
+            lines[region.slice] &= ~region.image
+    return lines
 
 
-# ---------------------------------------------------------------- fields
+# ---------------------------------------------------------------- digits
 
 
-def stroke_width(mask: np.ndarray) -> float:
-    """The strokes' mean width: their pixels' mean distance to an edge is a quarter of it, and half a pixel."""
-    return 4 * (ndimage.distance_transform_edt(np.pad(mask, 1)).sum() / max(1, mask.sum()) - 0.5)
+class Digit(NamedTuple):
+    """A mark as the network reads it: its field (1, 28, 28), and the probability of each of the ten digits."""
+
+    mark: Mark
+    field: Tensor
+    probabilities: Tensor
+
+    @property
+    def value(self) -> int:
+        return self.probabilities.argmax().item()
+
+    @property
+    def probability(self) -> float:
+        return self.probabilities.max().item()
+
+    @property
+    def certainty(self) -> float:
+        """The probability of what is read, less for a mark wider than 0.8 of its height: it may be two digits."""
+        return self.probability * min(1, max(0.2, 1.8 - self.mark.width / self.mark.height))
 
 
-def as_mnist(strength: np.ndarray, mask: np.ndarray) -> Tensor:
+def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
     """A digit's ink (H, W) and its strokes as MNIST made its own: (1, 28, 28) in [0, 1].
 
     Scaled to fit 20x20 pixels, grey by antialiasing, and laid into 28x28 with its centre of mass in the middle,
-    as LeCun, Cortes and Burges describe. Strokes that would shrink to less than MNIST's are drawn wider first.
+    as LeCun, Cortes and Burges describe. Strokes that would shrink to less than MNIST's are first drawn anew, wider.
     """
     (place,) = ndimage.find_objects(mask.astype(int))
-    unit = max(mask[place].shape) / 20  # a pixel of the field
-    width = stroke_width(mask)
-    wider = (2.4 * unit - width) / 2 if width < 2 * unit else 0
+    unit, stroke = max(mask[place].shape) / 20, stroke_width(mask)  # unit: a pixel of the field
+    wider = (2.4 * unit - stroke) / 2 if stroke < 2 * unit else 0
     if wider >= 0.5:
         digit = np.clip(wider + 0.5 - ndimage.distance_transform_edt(~np.pad(mask, math.ceil(wider))), 0, 1)
     else:
         nearby = ndimage.binary_dilation(mask, iterations=max(1, round(unit / 10)))  # with its grey edge
-        digit = np.clip(strength / np.percentile(strength[mask], 90), 0, 1) * nearby
+        digit = np.clip(ink / np.percentile(ink[mask], 90), 0, 1) * nearby
     (place,) = ndimage.find_objects((digit > 0.25).astype(int))
     digit = digit[place]
     height, width = (max(1, round(20 * side / max(digit.shape))) for side in digit.shape)
@@ -367,14 +332,17 @@ def read(net: Net, fields: list[Tensor]) -> Tensor:
     return net((torch.stack(fields) - MEAN) / STD).exp()
 
 
-def read_marks(marks: list[Mark], strength: np.ndarray, net: Net) -> list[Digit]:
+def read_marks(marks: list[Mark], ink: np.ndarray, net: Net) -> list[Digit]:
     """Each mark as the network reads it, from the ink (H, W) there."""
-    fields = []
+    if not marks:
+        return []
+    margin = 1 + max(mark.size for mark in marks) // 20  # the strokes' grey edge lies outside the mark
+    ink, fields = np.pad(ink, margin), []
     for mark in marks:
-        margin = 1 + mark.size // 20  # the strokes' grey edge lies outside the mark
-        around = tuple(slice(max(0, side.start - margin), side.stop + margin) for side in mark.place)
-        fields.append(as_mnist(strength[around], canvas([mark], strength.shape)[around]))
-    return [Digit(*parts) for parts in zip(marks, fields, read(net, fields), strict=True)] if marks else []
+        y, x = mark.place
+        around = ink[y.start : y.stop + 2 * margin, x.start : x.stop + 2 * margin]
+        fields.append(as_mnist(around, np.pad(mark.mask, margin)))
+    return [Digit(*parts) for parts in zip(marks, fields, read(net, fields), strict=True)]
 
 
 # ---------------------------------------------------------------- digits that touch
@@ -386,10 +354,9 @@ EACH, THROUGH = 0.3, 0.45  # what each digit costs, and each stroke that a cut g
 
 def cropped(mark: Mark, keep: np.ndarray) -> Mark:
     """The part of a mark that is to be kept (H, W)."""
-    ((y, x),) = ndimage.find_objects((mark.mask & keep).astype(int))
+    ((y, x),) = ndimage.find_objects(keep.astype(int))
     top, left = (side.start for side in mark.place)
-    place = slice(top + y.start, top + y.stop), slice(left + x.start, left + x.stop)
-    return Mark(place, (mark.mask & keep)[y, x], mark.contrast)
+    return Mark((slice(top + y.start, top + y.stop), slice(left + x.start, left + x.stop)), keep[y, x], mark.contrast)
 
 
 def price(digit: Digit) -> float:
@@ -397,35 +364,37 @@ def price(digit: Digit) -> float:
     return EACH - math.log(digit.certainty)
 
 
-def cut(mark: Mark, slope: float, strength: np.ndarray, net: Net) -> tuple[float, list[Digit]]:
+def cut(mark: Mark, slope: float, ink: np.ndarray, net: Net) -> tuple[float, list[Digit]]:
     """The cheapest way to cut a mark along lines of this slope into digits side by side: its cost, and the digits."""
     down, across = np.mgrid[: mark.height, : mark.width]
     column = np.round(across + slope * down).astype(int)
     column -= column[mark.mask].min()
     crossed = np.bincount(column[mark.mask]) / stroke_width(mark.mask)  # how many strokes a cut goes through
-    step, end = max(2, mark.height // 10), len(crossed)
-    places = [start + np.argmin(crossed[start : start + step]) for start in range(step, end - step, step)]
-    places = sorted((place for place in places if crossed[place] < 3), key=lambda place: crossed[place])[:MOST_CUTS]
-    places = [0, *sorted(places), end]
+    # From each strip the column that crosses the fewest strokes, and of these the best.
+    strip, end = max(2, mark.height // 10), len(crossed)
+    cuts = [start + np.argmin(crossed[start : start + strip]) for start in range(strip, end - strip, strip)]
+    cuts = sorted((place for place in cuts if crossed[place] < 3), key=lambda place: crossed[place])[:MOST_CUTS]
+    ends = [*sorted(cuts), end]
+    crossed[0] = 0  # the left end is no cut
     parts = {}
-    for left, right in itertools.combinations(places, 2):
+    for left, right in itertools.combinations([0, *ends], 2):
         keep = mark.mask & (left <= column) & (column < right)
         if right - left <= 1.2 * mark.height and keep.any() and np.ptp(np.nonzero(keep)[0]) >= 0.6 * mark.height:
             parts[left, right] = cropped(mark, keep)
-    digits = dict(zip(parts, read_marks(list(parts.values()), strength, net), strict=True))
-    ways = {0: (0.0, [])}  # the cheapest up to each place
-    for place in places[1:]:
-        able = []
-        for (left, right), digit in digits.items():
-            if right == place and left in ways:
-                cost, before = ways[left]
-                able.append((cost + price(digit) + (left > 0) * THROUGH * crossed[left], [*before, digit]))
-        if able:
-            ways[place] = min(able, key=lambda way: way[0])
-    return ways.get(end, (math.inf, []))
+    read_parts = dict(zip(parts, read_marks(list(parts.values()), ink, net), strict=True))
+    cheapest = {0: (0.0, [])}  # the cheapest way up to each place
+    for end in ends:
+        ways = []
+        for (left, right), digit in read_parts.items():
+            if right == end and left in cheapest:
+                cost, before = cheapest[left]
+                ways.append((cost + price(digit) + THROUGH * crossed[left], [*before, digit]))
+        if ways:
+            cheapest[end] = min(ways, key=lambda way: way[0])
+    return cheapest.get(end, (math.inf, []))
 
 
-def split(digit: Digit, strength: np.ndarray, net: Net) -> list[Digit]:
+def split(digit: Digit, ink: np.ndarray, net: Net) -> list[Digit]:
     """The digit, or those that touch in it.
 
     Of all ways to cut it the cheapest stands, as in the heuristic over-segmentation of LeCun, Bottou, Bengio and
@@ -433,32 +402,51 @@ def split(digit: Digit, strength: np.ndarray, net: Net) -> list[Digit]:
     """
     if price(digit) < 2 * EACH or not 0.6 <= digit.mark.width / digit.mark.height < 5:
         return [digit]  # two digits cost more
-    ways = [(price(digit), [digit])] + [cut(digit.mark, slope, strength, net) for slope in SLOPES]
+    ways = [(price(digit), [digit])] + [cut(digit.mark, slope, ink, net) for slope in SLOPES]
     return min(ways, key=lambda way: way[0])[1]
 
 
 # ---------------------------------------------------------------- reading
 
+MOST_DIGITS = 600  # more are noise or text
 
-def read_mask(mask: np.ndarray, strength: np.ndarray, net: Net, reach: float = 0.04) -> Reading:
-    """Read the digits in a mask (H, W), those of the usual size and contrast."""
-    marks, frames = digit_like(mask, strength, reach)
-    if not marks:
-        return Reading([], [], frames)
-    usual, contrast = usual_height(marks), usual_contrast(marks)
-    faint = [mark.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
-    specks, marks = partition(marks, np.array(faint))
-    if len(marks) > MOST_DIGITS:
-        raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
-    found, unread, frames = [], [], frames + specks
-    for digit in read_marks(marks, strength, net):
-        mark = digit.mark
-        unsure = digit.certainty < 0.5 and len(marks) > 1 and mark.width < mark.height
-        if unsure or not (0.35 * usual <= mark.height <= 2 * usual and mark.width < 8 * usual):
-            unread.append(mark)
-        else:
-            found += split(digit, strength, net)
-    return Reading(in_rows(found), unread, frames)
+
+@dataclass
+class Reading:
+    """What is read in a picture: its digits, line by line, what was left out, and why it is refused if it is."""
+
+    rows: list[list[Digit]]
+    unread: list[Mark]  # of a digit's size, but not read
+    ignored: list[Mark]  # frames, lines, the paper's edges, specks
+    problem: str = ""
+    scale: float = 1  # pixels of the picture as it is shown, for one of a mark's
+
+    def box(self, mark: Mark) -> Box:
+        """A mark's box in pixels of the picture as it is shown, upright."""
+        left, top, right, bottom = (side * self.scale for side in mark.box)
+        return Box(int(left), int(top), math.ceil(right), math.ceil(bottom))
+
+    @property
+    def digits(self) -> list[Digit]:
+        return [digit for row in self.rows for digit in row]
+
+    @property
+    def left_out(self) -> list[Mark]:
+        return self.unread + self.ignored
+
+    @property
+    def explained(self) -> float:
+        """The share of the ink, without what is ignored, that is read; each digit counts by its certainty."""
+        total = sum(mark.mask.sum() for mark in [digit.mark for digit in self.digits] + self.unread)
+        return sum(digit.certainty * digit.mark.mask.sum() for digit in self.digits) / max(1, total)
+
+    @property
+    def merit(self) -> float:
+        """The score by which one of several readings is chosen: the ink explained, and the number of likely digits.
+
+        Of that number the root, or else ink that is cut into pieces would win.
+        """
+        return self.explained * math.sqrt(sum(max(0, 2 * digit.certainty - 1) for digit in self.digits))
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
@@ -471,52 +459,83 @@ def in_rows(digits: list[Digit]) -> list[list[Digit]]:
     for digit in sorted(digits, key=lambda digit: digit.mark.box.left):
         near = []
         for row in rows:
-            end, beside = row[-1], abs(middle(row[-1]) - middle(digit))
-            if beside < 0.5 * max(end.mark.height, digit.mark.height):
-                near.append((beside + 0.2 * max(0, digit.mark.box.left - end.mark.box.right), row))
+            end, offset = row[-1], abs(middle(row[-1]) - middle(digit))
+            if offset < 0.5 * max(end.mark.height, digit.mark.height):
+                near.append((offset + 0.2 * max(0, digit.mark.box.left - end.mark.box.right), row))
         if near:
-            min(near, key=lambda pair: pair[0])[1].append(digit)
+            _, nearest = min(near, key=lambda pair: pair[0])
+            nearest.append(digit)
         else:
             rows.append([digit])
     return sorted(rows, key=lambda row: np.median([middle(digit) for digit in row]))
 
 
-def read_ink(sharp: np.ndarray, strength: np.ndarray, faintest: float, net: Net) -> Reading:
-    """The best reading of ink (H, W), sharp and without its finest grain."""
-    mask = strokes(strength, faintest)
-    if marks := digit_like(mask, strength, reach=0)[0]:  # what is far weaker than the marks is no ink
-        mask = strokes(strength, max(faintest, 0.3 * usual_contrast(marks)))
-    ways = [read_mask(mask, sharp, net)]
-    if ways[0].explained > 0.8:
-        return ways[0]
-    line = find_lines(mask, strength)
-    if line.any():
-        ways.append(read_mask(mask & ~line, sharp, net))
-        ways[-1].frames += find_marks(label(line), strength)
-    ways.append(read_mask(mask, sharp, net, reach=0.3))  # strokes that are broken further
-    return max(ways, key=lambda way: way.merit)
+def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float = 0.08) -> Reading:
+    """Read the digits in a mask (H, W), those of the usual size and contrast, joined over gaps (see join_broken)."""
+    marks, ignored = find_candidates(mask, ink, gap)
+    if not marks:
+        return Reading([], [], ignored)
+    usual, contrast = usual_height(marks), usual_contrast(marks)
+    faint = [mark.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
+    specks, marks = partition(marks, np.array(faint))
+    if len(marks) > MOST_DIGITS:
+        raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
+    found, unread = [], []
+    for digit in read_marks(marks, ink, net):
+        mark = digit.mark
+        fits = 0.35 * usual <= mark.height <= 2 * usual and mark.width < 8 * usual
+        # One mark alone is a digit, and a wide one may be two.
+        unsure = digit.certainty < 0.5 and len(marks) > 1 and mark.width < mark.height
+        if fits and not unsure:
+            found += split(digit, ink, net)
+        else:
+            unread.append(mark)
+    return Reading(in_rows(found), unread, ignored + specks)
 
 
-def look(picture: Image.Image, net: Net) -> Reading:
-    """Read a picture. All boxes are in pixels of the picture as it is shown, upright."""
-    try:
-        try:
-            inked = ink(colours := flatten(picture, "white"))
-        except Failure:  # white ink on transparency, perhaps
-            inked = ink(colours := flatten(picture, "black"))
-        reading = read_ink(*inked, net)
-        if len(reading.digits) < 3 or reading.explained < 0.9:  # light paper on a dark desk was taken for ink, perhaps
-            with contextlib.suppress(Failure):
-                dark = ink(colours, signs=(-1,))
-                if not np.array_equal(dark[0], inked[0]):
-                    other = read_ink(*dark, net)
-                    reading = other if other.merit > 2 * reading.merit else reading
-    except Failure as failure:
-        return Reading([], [], [], str(failure))
+def read_ink(ink: np.ndarray, smooth: np.ndarray, faintest: float, net: Net) -> Reading:
+    """The best reading of ink (H, W), as find_ink() gives it."""
+    mask = strokes(smooth, faintest)
+    if marks := find_candidates(mask, smooth, gap=0)[0]:  # what is far weaker than the marks is no ink
+        mask = strokes(smooth, max(faintest, 0.3 * usual_contrast(marks)))
+    readings = [read_mask(mask, ink, net)]
+    if readings[0].explained > 0.8:
+        return readings[0]
+    lines = find_lines(mask, smooth)
+    if lines.any():
+        readings.append(read_mask(mask & ~lines, ink, net))
+        readings[-1].ignored += find_marks(label(lines), smooth)
+    readings.append(read_mask(mask, ink, net, gap=0.6))  # badly broken strokes
+    return max(readings, key=lambda reading: reading.merit)
+
+
+def read_colours(colours: np.ndarray, net: Net) -> Reading:
+    """The best reading of a picture (H, W, 3) in [0, 255]. Raises Failure where nothing stands out."""
+    found = find_ink(colours)
+    reading = read_ink(*found, net)
+    if len(reading.digits) < 3 or reading.explained < 0.9:  # light paper on a dark desk was taken for ink, perhaps
+        with contextlib.suppress(Failure):
+            dark = find_ink(colours, signs=(-1,))
+            if not np.array_equal(dark[0], found[0]):
+                other = read_ink(*dark, net)
+                reading = other if other.merit > 2 * reading.merit else reading
     shortest = max(5, min(colours.shape[:2]) / 40)
     if not reading.rows or usual_height([digit.mark for digit in reading.digits]) < shortest:
         reading.problem = "nothing on it has the size and shape of a digit"
         reading.unread, reading.rows = reading.unread + [digit.mark for digit in reading.digits], []
+    return reading
+
+
+def look(picture: Image.Image, net: Net) -> Reading:
+    """Read a picture."""
+    try:
+        colours = flatten(picture, "white")
+        try:
+            reading = read_colours(colours, net)
+        except Failure:  # white ink on transparency, perhaps
+            reading = read_colours(flatten(picture, "black"), net)
+    except Failure as failure:
+        return Reading([], [], [], str(failure))
     reading.scale = max(picture.size) / max(colours.shape)
     return reading
 
@@ -549,32 +568,22 @@ OWN = {"Software": "predict.py --seen"}  # by which a PNG says that it may be ov
 
 def draw(picture: Image.Image, reading: Reading) -> bytes:
     """The picture with a red frame around each digit, a blue one around what was left out, and the fields, as a PNG."""
-    from matplotlib.figure import Figure  # here, as it takes as long to import as a picture to be read
-    from matplotlib.patches import Rectangle
+    import pictures  # here, as matplotlib takes as long to import as a picture to be read
 
-    from pictures import png
+    frames = [(reading.box(mark), "tab:blue", "") for mark in reading.left_out]
+    frames += [(reading.box(digit.mark), "tab:red", str(digit.value)) for digit in reading.digits]
+    fields = [(digit.field[0], f"{digit.value} {100 * digit.probability:.0f}%") for digit in reading.digits]
+    size = ImageOps.exif_transpose(picture).size
+    return pictures.png(pictures.seen(np.uint8(flatten(picture, "white")), size, frames, fields), OWN)
 
-    found, shown = reading.digits, ImageOps.exif_transpose(picture)
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.imshow(np.uint8(flatten(picture, "white")), extent=(0, shown.width, shown.height, 0))
-    frames = [(mark, "tab:blue", "") for mark in reading.left_out]
-    frames += [(digit.mark, "tab:red", str(digit.value)) for digit in found]
-    for mark, colour, text in frames:
-        box = reading.box(mark)
-        size = box.right - box.left, box.bottom - box.top
-        left.add_patch(Rectangle(box[:2], *size, fill=False, edgecolor=colour))
-        left.text(*box[:2], text, color=colour, fontsize=9, ha="right", va="bottom", clip_on=True)
-    columns = max(4, math.ceil(math.sqrt(len(found))))
-    for number, digit in enumerate(found):
-        x, y = 32 * (number % columns), 38 * (number // columns)
-        right.imshow(digit.field[0].numpy(), cmap="gray", vmin=0, vmax=1, extent=(x, x + 28, y + 28, y))
-        title = f"{digit.value} {100 * digit.probability:.0f}%"
-        right.text(x + 14, y - 1, title, ha="center", fontsize=min(10, 60 / columns))
-    right.set(xlim=(-4, 32 * columns), ylim=(38 * math.ceil(max(1, len(found)) / columns), -10))
-    left.axis("off")
-    right.axis("off")
-    return png(figure, OWN)
+
+def is_own(path: Path) -> bool:
+    """Whether a file is a picture that --seen drew."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return OWN.items() <= picture.info.items()
+    except Exception:  # Pillow's decoders raise nearly anything
+        return False
 
 
 def picture_files(paths: list[str]) -> Iterator[str]:
@@ -624,44 +633,34 @@ def object_of(name: str, reading: Reading) -> str:
     return json.dumps({"file": name, "digits": read, "left_out": left_out, **problem})
 
 
-def readings(path: str, net: Net, drawn: bool) -> Iterator[tuple[str, Reading, bytes]]:
-    """The name of each page of a picture file, what is read on it, and draw()'s picture where it is wanted."""
-    try:
-        for name, picture in pages(path):
-            reading = look(picture, net)
-            yield name, reading, draw(picture, reading) if drawn else b""
-    except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
-        problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        yield path, Reading([], [], [], problem), b""
+def readings(files: Iterable[str], net: Net) -> Iterator[tuple[str, Reading, Image.Image | None]]:
+    """The name of each picture and what is read in it, and the picture itself where the file can be opened."""
+    for file in files:
+        try:
+            for name, picture in pages(file):
+                yield name, look(picture, net), picture
+        except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
+            problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            yield file, Reading([], [], [], problem), None
 
 
 def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int:
     """Print what each picture's digits are, and draw the picture to seen. Returns the exit status: 1 if any failed."""
     warnings.simplefilter("ignore")  # Pillow's, of damage that does not hinder
     status = 0
-    for path in picture_files(paths):
-        for name, reading, drawn in readings(path, net, seen is not None):
-            if as_json:
-                print(object_of(name, reading))
-            elif reading.digits:
-                print(f"{name}: {line_of(reading)}")
-            if reading.problem:
-                print(f"predict.py: error: cannot read {name}: {reading.problem}", file=sys.stderr)
-                status = 1
-            elif reading.left_out:
-                print(f"predict.py: {name}: {len(reading.left_out)} marks left out", file=sys.stderr)
-            if drawn:
-                save(seen, drawn)
+    for name, reading, picture in readings(picture_files(paths), net):
+        if as_json:
+            print(object_of(name, reading))
+        elif reading.digits:
+            print(f"{name}: {line_of(reading)}")
+        if reading.problem:
+            print(f"predict.py: error: cannot read {name}: {reading.problem}", file=sys.stderr)
+            status = 1
+        elif reading.left_out:
+            print(f"predict.py: {name}: {len(reading.left_out)} marks left out", file=sys.stderr)
+        if seen and picture:
+            save(seen, draw(picture, reading))
     return status
-
-
-def is_own(path: Path) -> bool:
-    """Whether a file is a picture that --seen drew."""
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            return OWN.items() <= picture.info.items()
-    except Exception:  # Pillow's decoders raise nearly anything
-        return False
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -187,14 +187,14 @@ def study(args: argparse.Namespace, rank: int) -> None:
     results, begun = survey_all(args)
     if rank == 0:
         print(f"{args.out_dir}: {len(results)} of {len(args.seeds)} done; after Ctrl-C the same command goes on")
-    parts, seconds = shares([seed for seed in args.seeds if seed not in results], begun), []
+    parts = shares([seed for seed in args.seeds if seed not in results], begun)
     for count, seed in enumerate(parts[rank], start=1):
         if not train_seed(args, seed, begun[rank].get(seed)):
             continue  # script.py printed why
         results |= survey(args.out_dir, args.seeds, args.recipe)[0]  # with what other ranks finished on this disk
-        seconds.append(sum(row["seconds"] for row in results[seed]))
         running = min(len(parts), len(args.seeds) - len(results))
-        left = np.mean(seconds) * (max(map(len, parts)) - count)  # the other ranks are about as far
+        seconds = np.median([sum(row["seconds"] for row in history) for history in results.values()])
+        left = seconds * (max(map(len, parts)) - count)  # the other ranks are about as far
         progress = f"{len(results)} of {len(args.seeds)} done, {running} running, {timedelta(seconds=round(left))} left"
         print(f"seed {seed}: {results[seed][-1]['test_accuracy']:.2f}%; {progress}")
         if rank == 0:
