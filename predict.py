@@ -93,14 +93,15 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
     return np.asarray(sheet.convert("RGB"), dtype=np.float32)
 
 
-def without_ink(grey: np.ndarray) -> np.ndarray:
+def without_ink(grey: np.ndarray, nearby: bool) -> np.ndarray:
     """What is left of a sheet (H, W) when light ink is removed: a morphological opening.
 
     It removes what is narrower than a square that is wider than any stroke, and keeps gradients and straight edges of
-    shadows. Around the sheet its border is continued, without the ink that touches it.
+    shadows. nearby: the square is smaller, so that shadows, notes and the desk are paper, too. Around the sheet its
+    border is continued, without the ink that touches it.
     """
     short, long = sorted(grey.shape)
-    side = max(3, int(max(0.4 * short, min(0.3 * long, 2 * short))))
+    side = max(3, int(0.12 * short if nearby else max(0.4 * short, min(0.3 * long, 2 * short))))
     sheet = np.pad(grey, 1, mode="edge")
     for border in sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]:
         border[:] = ndimage.grey_opening(border, max(3, 2 * len(border) // 3))
@@ -113,8 +114,8 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def find_ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.ndarray, np.ndarray, float]:
-    """How much each pixel differs from its paper, as a share of the light there.
+def find_ink(colours: np.ndarray, signs: tuple[int, ...], nearby: bool) -> tuple[np.ndarray, np.ndarray, float]:
+    """How much each pixel differs from its paper, or from the paper nearby, as a share of the light there.
 
     From (H, W, 3) in [0, 255] to ink (H, W), the same smoothed, and the least smoothed ink that is not noise. signs:
     -1 where ink may be darker than its paper, 1 where it may be lighter. Raises Failure where nothing stands out.
@@ -124,7 +125,7 @@ def find_ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.
     weights, papers = [], []
     for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
         # Dark ink or light? With the right sign the paper is smooth, and the ink has few edges.
-        guesses = [(sign, sign * without_ink(sign * channel)) for sign in signs]
+        guesses = [(sign, sign * without_ink(sign * channel, nearby)) for sign in signs]
         sign, paper = min(guesses, key=lambda guess: roughness(guess[1]) + 0.8 * roughness(channel - guess[1]))
         weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
         papers.append(paper)
@@ -135,7 +136,7 @@ def find_ink(colours: np.ndarray, signs: tuple[int, ...] = (-1, 1)) -> tuple[np.
     light = np.asarray(light) + 30  # a black board is no less noisy than a grey one
     blur = min(grey.shape) / 200
     smooth = ndimage.gaussian_filter(grey, blur / 2)
-    paper = without_ink(smooth)
+    paper = without_ink(smooth, nearby)
     smooth = (smooth - paper) / light
     smooth -= np.percentile(smooth, 10)  # of paper: where there is noise, its lowest was taken for the paper
     noise = 1.5 * np.median(np.abs(smooth - ndimage.gaussian_filter(smooth, blur)))  # its standard deviation
@@ -229,7 +230,8 @@ def join_broken(marks: list[Mark], ink: np.ndarray, gap: float) -> list[Mark]:
     A dot, a mark that is hardly longer than strokes are wide, is no digit but part of what is next to it.
     """
     mask = canvas(marks, ink.shape)
-    width = weighted_median([stroke_width(mark.mask) for mark in marks], [mark.mask.sum() for mark in marks])
+    widths, areas = np.array([(stroke_width(mark.mask), mark.mask.sum()) for mark in marks]).T
+    width = weighted_median(widths, areas / widths)  # by length: a stamp is no long stroke
     dots = [mark for mark in marks if mark.size < 3 * width]
     near = mask.copy()
     if dots:
@@ -239,14 +241,14 @@ def join_broken(marks: list[Mark], ink: np.ndarray, gap: float) -> list[Mark]:
     return find_marks(label(near) * mask, ink)
 
 
-def find_candidates(mask: np.ndarray, ink: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
-    """The marks in a mask (H, W) that may be digits, joined over gaps (see join_broken), and the frames and edges."""
+def find_candidates(mask: np.ndarray, ink: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark], list[Mark]]:
+    """The marks in a mask (H, W) that may be digits, joined over gaps (see join_broken), the frames, and the edges."""
     marks = find_marks(label(mask), ink)
     edges, marks = partition(marks, are_edges(marks, mask.shape))
     if marks and gap:
         marks = join_broken(marks, ink, gap)
     frames, marks = partition(marks, are_frames(marks))
-    return marks, edges + frames
+    return marks, frames, edges
 
 
 # ---------------------------------------------------------------- lines
@@ -269,7 +271,7 @@ def lines_across(mask: np.ndarray) -> np.ndarray:
 def find_lines(mask: np.ndarray, ink: np.ndarray) -> np.ndarray:
     """The pixels of lines in a mask (H, W), across and down, that are longer than the digits."""
     lines = lines_across(mask) | lines_across(mask.T).T
-    marks, _ = find_candidates(mask & ~lines, ink, gap=0)
+    marks, _, _ = find_candidates(mask & ~lines, ink, gap=0)
     least = 1.3 * usual_height(marks) if marks else 0
     for region in regionprops(label(lines)):
         if max(region.image.shape) <= least:
@@ -383,14 +385,14 @@ def cut(mark: Mark, slope: float, ink: np.ndarray, net: Net) -> tuple[float, lis
             parts[left, right] = cropped(mark, keep)
     read_parts = dict(zip(parts, read_marks(list(parts.values()), ink, net), strict=True))
     cheapest = {0: (0.0, [])}  # the cheapest way up to each place
-    for end in ends:
+    for place in ends:
         ways = []
         for (left, right), digit in read_parts.items():
-            if right == end and left in cheapest:
+            if right == place and left in cheapest:
                 cost, before = cheapest[left]
                 ways.append((cost + price(digit) + THROUGH * crossed[left], [*before, digit]))
         if ways:
-            cheapest[end] = min(ways, key=lambda way: way[0])
+            cheapest[place] = min(ways, key=lambda way: way[0])
     return cheapest.get(end, (math.inf, []))
 
 
@@ -417,7 +419,8 @@ class Reading:
 
     rows: list[list[Digit]]
     unread: list[Mark]  # of a digit's size, but not read
-    ignored: list[Mark]  # frames, lines, the paper's edges, specks
+    frames: list[Mark]  # that hold other marks
+    ignored: list[Mark]  # lines, the paper's edges, specks
     problem: str = ""
     scale: float = 1  # pixels of the picture as it is shown, for one of a mark's
 
@@ -432,13 +435,13 @@ class Reading:
 
     @property
     def left_out(self) -> list[Mark]:
-        return self.unread + self.ignored
+        return self.unread + self.frames + self.ignored
 
-    @property
-    def explained(self) -> float:
-        """The share of the ink, without what is ignored, that is read; each digit counts by its certainty."""
-        total = sum(mark.mask.sum() for mark in [digit.mark for digit in self.digits] + self.unread)
-        return sum(digit.certainty * digit.mark.mask.sum() for digit in self.digits) / max(1, total)
+    def explained(self, frames: bool = False) -> float:
+        """The share of the ink, with frames or without, that is read: each digit's times its certainty."""
+        marks = [digit.mark for digit in self.digits] + self.unread + self.frames * frames
+        ink_read = sum(digit.certainty * digit.mark.mask.sum() for digit in self.digits)
+        return ink_read / max(1, sum(mark.mask.sum() for mark in marks))
 
     @property
     def merit(self) -> float:
@@ -446,7 +449,7 @@ class Reading:
 
         Of that number the root, or else ink that is cut into pieces would win.
         """
-        return self.explained * math.sqrt(sum(max(0, 2 * digit.certainty - 1) for digit in self.digits))
+        return self.explained() * math.sqrt(sum(max(0, 2 * digit.certainty - 1) for digit in self.digits))
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
@@ -472,9 +475,9 @@ def in_rows(digits: list[Digit]) -> list[list[Digit]]:
 
 def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float = 0.08) -> Reading:
     """Read the digits in a mask (H, W), those of the usual size and contrast, joined over gaps (see join_broken)."""
-    marks, ignored = find_candidates(mask, ink, gap)
+    marks, frames, edges = find_candidates(mask, ink, gap)
     if not marks:
-        return Reading([], [], ignored)
+        return Reading([], [], frames, edges)
     usual, contrast = usual_height(marks), usual_contrast(marks)
     faint = [mark.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
     specks, marks = partition(marks, np.array(faint))
@@ -490,40 +493,62 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float = 0.08) ->
             found += split(digit, ink, net)
         else:
             unread.append(mark)
-    return Reading(in_rows(found), unread, ignored + specks)
+    if found and usual_height([digit.mark for digit in found]) < max(5, min(mask.shape) / 40):  # texture, perhaps
+        unread += [digit.mark for digit in found]
+        found = []
+    return Reading(in_rows(found), unread, frames, edges + specks)
+
+
+def better(first: Reading, second: Reading, margin: float) -> Reading:
+    """The second reading if its merit is larger by this factor, and it explains the ink as well, or else the first."""
+    if second.merit > margin * first.merit and second.explained() > 0.9 * first.explained():
+        return second
+    return first
 
 
 def read_ink(ink: np.ndarray, smooth: np.ndarray, faintest: float, net: Net) -> Reading:
     """The best reading of ink (H, W), as find_ink() gives it."""
     mask = strokes(smooth, faintest)
-    if marks := find_candidates(mask, smooth, gap=0)[0]:  # what is far weaker than the marks is no ink
-        mask = strokes(smooth, max(faintest, 0.3 * usual_contrast(marks)))
-    readings = [read_mask(mask, ink, net)]
-    if readings[0].explained > 0.8:
-        return readings[0]
-    lines = find_lines(mask, smooth)
-    if lines.any():
-        readings.append(read_mask(mask & ~lines, ink, net))
-        readings[-1].ignored += find_marks(label(lines), smooth)
-    readings.append(read_mask(mask, ink, net, gap=0.6))  # badly broken strokes
-    return max(readings, key=lambda reading: reading.merit)
+    marks, _, _ = find_candidates(mask, smooth, gap=0)
+    if marks:  # what is far fainter than most is no ink
+        faintest = max(faintest, 0.3 * usual_contrast(marks))
+        mask = strokes(smooth, faintest)
+    best = read_mask(mask, ink, net)
+    if best.explained(frames=True) < 0.8:
+        lines = find_lines(mask, smooth)
+        if lines.any():
+            without_lines = read_mask(mask & ~lines, ink, net)
+            without_lines.ignored += find_marks(label(lines), smooth)
+            best = better(best, without_lines, 1.15)
+        best = better(best, read_mask(mask, ink, net, gap=0.6), 1.15)  # badly broken strokes
+    if best.rows:  # a pencil's digits between a pen's are not lost in silence
+        least = 0.5 * usual_height([digit.mark for digit in best.digits])
+        best.ignored += [mark for mark in marks if mark.contrast < faintest and mark.height > least]
+    return best
 
 
 def read_colours(colours: np.ndarray, net: Net) -> Reading:
     """The best reading of a picture (H, W, 3) in [0, 255]. Raises Failure where nothing stands out."""
-    found = find_ink(colours)
-    reading = read_ink(*found, net)
-    if len(reading.digits) < 3 or reading.explained < 0.9:  # light paper on a dark desk was taken for ink, perhaps
+    found = find_ink(colours, signs=(-1, 1), nearby=False)
+    best = read_ink(*found, net)
+    few = len(best.digits) < 3
+    poor, other_ways = best.explained(frames=True) < (0.6 if few else 0.9), []
+    if poor or few:  # light paper on a dark desk was taken for ink, perhaps
+        other_ways.append({"signs": (-1,), "nearby": False})
+    if poor:  # or a shadow, or a note of another colour
+        other_ways.append({"signs": (-1, 1), "nearby": True})
+    for way in other_ways:
         with contextlib.suppress(Failure):
-            dark = find_ink(colours, signs=(-1,))
-            if not np.array_equal(dark[0], found[0]):
-                other = read_ink(*dark, net)
-                reading = other if other.merit > 2 * reading.merit else reading
-    shortest = max(5, min(colours.shape[:2]) / 40)
-    if not reading.rows or usual_height([digit.mark for digit in reading.digits]) < shortest:
-        reading.problem = "nothing on it has the size and shape of a digit"
-        reading.unread, reading.rows = reading.unread + [digit.mark for digit in reading.digits], []
-    return reading
+            ink, smooth, faintest = find_ink(colours, **way)
+            if np.array_equal(ink, found[0]):
+                continue
+            other = read_ink(ink, smooth, faintest, net)
+            if way["nearby"] and len(other.digits) < 3:
+                continue  # pieces of a digit with strokes as wide as the square that removes ink, perhaps
+            best = better(best, other, margin=2 if len(best.digits) < 3 else 1.15)
+    if not best.rows:
+        best.problem = "nothing on it has the size and shape of a digit"
+    return best
 
 
 def look(picture: Image.Image, net: Net) -> Reading:
@@ -535,7 +560,7 @@ def look(picture: Image.Image, net: Net) -> Reading:
         except Failure:  # white ink on transparency, perhaps
             reading = read_colours(flatten(picture, "black"), net)
     except Failure as failure:
-        return Reading([], [], [], str(failure))
+        return Reading([], [], [], [], str(failure))
     reading.scale = max(picture.size) / max(colours.shape)
     return reading
 
@@ -590,13 +615,15 @@ def picture_files(paths: list[str]) -> Iterator[str]:
     """These paths, with the pictures in a folder instead of the folder."""
     endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
     endings += [".heic", ".heif"]  # phones' pictures, to be refused with a reason
-    for path in map(Path, paths):
-        inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in endings] if path.is_dir() else []
-        yield from map(str, inside or [path])  # a folder without pictures is an error
+    for path in paths:
+        inside = sorted(Path(path).iterdir()) if os.path.isdir(path) else []
+        yield from [str(file) for file in inside if file.suffix.lower() in endings] or [path]
 
 
 def pages(path: str) -> Iterator[tuple[str, Image.Image]]:
     """The pages of a picture file with their names. Raises Failure, or what Pillow raises for a damaged one."""
+    if os.path.isdir(path):
+        raise Failure("it is a folder without pictures")
     content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -641,7 +668,7 @@ def readings(files: Iterable[str], net: Net) -> Iterator[tuple[str, Reading, Ima
                 yield name, look(picture, net), picture
         except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            yield file, Reading([], [], [], problem), None
+            yield file, Reading([], [], [], [], problem), None
 
 
 def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int:
@@ -657,7 +684,7 @@ def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int
             print(f"predict.py: error: cannot read {name}: {reading.problem}", file=sys.stderr)
             status = 1
         elif reading.left_out:
-            print(f"predict.py: {name}: {len(reading.left_out)} marks left out", file=sys.stderr)
+            print(f"predict.py: {name}: marks left out: {len(reading.left_out)}", file=sys.stderr)
         if seen and picture:
             save(seen, draw(picture, reading))
     return status

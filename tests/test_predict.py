@@ -82,10 +82,13 @@ def test_pens_of_every_width_draw_strokes_as_wide_as_mnist_s(net, width):
             assert 1.8 < field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
 
 
-def test_dark_corners_lines_across_and_specks_are_no_digits(net):
+def test_dark_corners_a_shadow_lines_across_and_specks_are_no_digits(net):
     y, x = np.mgrid[-1:1:400j, -1:1:600j]
     dimmed = np.asarray(drawing((600, 400), (8, 200, 150, 90, 8))) * (1 - 0.38 * (x**2 + y**2))
     assert reading(net, Image.fromarray(np.uint8(dimmed))) == [8]
+    shaded = np.array(drawing((1000, 400), *[(digit, 60 + 120 * digit, 150, 110, 8) for digit in range(8)], paper=220))
+    shaded[60:340, 285:535] //= 2
+    assert reading(net, Image.fromarray(shaded)) == list(range(8))
     picture = drawing((800, 600), (3, 200, 200, 200, 14), (8, 500, 210, 190, 14), paper=240)
     draw = ImageDraw.Draw(picture)
     draw.line((0, 80, 799, 95), fill=0, width=3)
@@ -150,7 +153,6 @@ def test_digits_are_told_line_by_line_with_boxes_around_them(tmp_path, capsys):
 def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     drawing((300, 300), (7, 100, 60, 180, 12)).save("good.png")
-    noise = np.random.default_rng(5).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     line, page = Image.new("L", (400, 300), 255), Image.new("L", (800, 1000), 255)
     ImageDraw.Draw(line).line((50, 150, 350, 160), fill=0, width=6)
     for y in range(20, 920, 15):
@@ -159,17 +161,14 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch
     bad = {
         "empty": (b"", "it is not a picture"),
         "cut": (Path("good.png").read_bytes()[:500], "image file is truncated"),
-        "text": (b"seven", "it is not a picture"),
         "dot": (Image.new("L", (1, 1), 255), "nothing on it stands out from its paper"),
-        "white": (Image.new("RGB", (300, 200), "white"), "nothing on it stands out from its paper"),
         "clear": (Image.new("RGBA", (300, 200), (0, 0, 0, 0)), "nothing on it stands out from its paper"),
-        "noise": (Image.fromarray(noise), r"(\d+ marks are on it|nothing on it)"),
         "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "it is HEIC, AVIF or a film; save it as JPEG"),
         "gradient": (Image.fromarray(np.uint8(np.linspace(60, 250, 400) * np.ones((300, 1)))), "nothing on it"),
         "line": (line, "nothing on it has the size and shape of a digit"),
         "print": (page, r"(\d+ marks are on it|nothing on it has the size and shape)"),
         "huge": (Image.new("1", (16_000, 10_000)), "it is too large"),
-        "folder": (None, "Is a directory"),
+        "folder": (None, "it is a folder without pictures"),
         "missing": (None, "No such file or directory"),
     }
     for name, (content, _) in bad.items():
@@ -205,7 +204,7 @@ def test_seen_draws_what_is_left_out_and_a_refused_picture_over_its_own_file_onl
     refused = seen.read_bytes()
     status, out, err = told(capsys, page, "--seen", seen)
     assert (status, out) == (0, [f"{page}: 7 3"])
-    assert re.fullmatch(r"predict\.py: .+page\.png: \d+ marks left out", err[0])
+    assert re.fullmatch(r"predict\.py: .+page\.png: marks left out: \d+", err[0])
     assert seen.read_bytes() != refused
 
 
