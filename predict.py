@@ -532,7 +532,8 @@ def read_colours(colours: np.ndarray, net: Net) -> Reading:
     found = find_ink(colours, signs=(-1, 1), nearby=False)
     best = read_ink(*found, net)
     few = len(best.digits) < 3
-    poor, other_ways = best.explained(frames=True) < (0.6 if few else 0.9), []
+    poor = best.explained(frames=True) < (0.6 if few else 0.9)
+    other_ways = []
     if poor or few:  # light paper on a dark desk was taken for ink, perhaps
         other_ways.append({"signs": (-1,), "nearby": False})
     if poor:  # or a shadow, or a note of another colour

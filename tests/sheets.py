@@ -1,6 +1,6 @@
 """Simulated photos of handwritten digits, and how many of the digits predict.py reads right on each kind.
 
-python tests/sheets.py              print the README's table; MNIST's test digits, 100 a kind
+python tests/sheets.py              print the table of docs/predict.md; MNIST's test digits, 100 a kind
 python tests/sheets.py sheet.jpg    make the README's sheet
 """
 

@@ -153,6 +153,7 @@ def test_digits_are_told_line_by_line_with_boxes_around_them(tmp_path, capsys):
 def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     drawing((300, 300), (7, 100, 60, 180, 12)).save("good.png")
+    noise = np.random.default_rng(5).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     line, page = Image.new("L", (400, 300), 255), Image.new("L", (800, 1000), 255)
     ImageDraw.Draw(line).line((50, 150, 350, 160), fill=0, width=6)
     for y in range(20, 920, 15):
@@ -161,8 +162,11 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch
     bad = {
         "empty": (b"", "it is not a picture"),
         "cut": (Path("good.png").read_bytes()[:500], "image file is truncated"),
+        "text": (b"seven", "it is not a picture"),
         "dot": (Image.new("L", (1, 1), 255), "nothing on it stands out from its paper"),
+        "white": (Image.new("RGB", (300, 200), "white"), "nothing on it stands out from its paper"),
         "clear": (Image.new("RGBA", (300, 200), (0, 0, 0, 0)), "nothing on it stands out from its paper"),
+        "noise": (Image.fromarray(noise), r"(\d+ marks are on it|nothing on it)"),
         "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "it is HEIC, AVIF or a film; save it as JPEG"),
         "gradient": (Image.fromarray(np.uint8(np.linspace(60, 250, 400) * np.ones((300, 1)))), "nothing on it"),
         "line": (line, "nothing on it has the size and shape of a digit"),
