@@ -163,8 +163,8 @@ def find_marks(labels: np.ndarray, ink: np.ndarray) -> list[Mark]:
     marks = []
     for region in regionprops(labels):
         if max(region.image.shape) >= max(3, min(labels.shape) / 80):
-            contrast = np.percentile(ink[region.slice][region.image], 90)
-            marks.append(Mark(region.slice, region.image, float(contrast)))
+            contrast = max(1e-6, float(np.percentile(ink[region.slice][region.image], 90)))  # noise may be below 0
+            marks.append(Mark(region.slice, region.image, contrast))
     if len(marks) > MOST_MARKS:
         raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
     return marks
@@ -301,6 +301,11 @@ class Digit(NamedTuple):
     def certainty(self) -> float:
         """The probability of what is read, less for a mark wider than 0.8 of its height: it may be two digits."""
         return self.probability * min(1, max(0.2, 1.8 - self.mark.width / self.mark.height))
+
+    @property
+    def plausibility(self) -> float:
+        """The certainty, less for strokes wider than a quarter of the mark: it may be a sheet, and its digit a hole."""
+        return self.certainty * min(1, max(0.2, 3.5 - 10 * stroke_width(self.mark.mask) / self.mark.size))
 
 
 def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
@@ -449,7 +454,7 @@ class Reading:
 
         Of that number the root, or else ink that is cut into pieces would win.
         """
-        return self.explained() * math.sqrt(sum(max(0, 2 * digit.certainty - 1) for digit in self.digits))
+        return self.explained() * math.sqrt(sum(max(0, 2 * digit.plausibility - 1) for digit in self.digits))
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
@@ -478,9 +483,10 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float = 0.08) ->
     marks, frames, edges = find_candidates(mask, ink, gap)
     if not marks:
         return Reading([], [], frames, edges)
-    usual, contrast = usual_height(marks), usual_contrast(marks)
-    faint = [mark.size < 0.15 * usual or mark.contrast < 0.5 * contrast for mark in marks]
-    specks, marks = partition(marks, np.array(faint))
+    contrast = usual_contrast(marks)  # a desk's grain is fainter than ink; the usual height is that of ink
+    faint, marks = partition(marks, np.array([mark.contrast < 0.5 * contrast for mark in marks]))
+    usual = usual_height(marks)
+    specks, marks = partition(marks, np.array([mark.size < 0.15 * usual for mark in marks]))
     if len(marks) > MOST_DIGITS:
         raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
     found, unread = [], []
@@ -496,7 +502,7 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float = 0.08) ->
     if found and usual_height([digit.mark for digit in found]) < max(5, min(mask.shape) / 40):  # texture, perhaps
         unread += [digit.mark for digit in found]
         found = []
-    return Reading(in_rows(found), unread, frames, edges + specks)
+    return Reading(in_rows(found), unread, frames, edges + faint + specks)
 
 
 def better(first: Reading, second: Reading, margin: float) -> Reading:

@@ -82,13 +82,18 @@ def test_pens_of_every_width_draw_strokes_as_wide_as_mnist_s(net, width):
             assert 1.8 < field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
 
 
-def test_dark_corners_a_shadow_lines_across_and_specks_are_no_digits(net):
+def test_dark_corners_a_shadow_a_desk_lines_across_and_specks_are_no_digits(net):
     y, x = np.mgrid[-1:1:400j, -1:1:600j]
     dimmed = np.asarray(drawing((600, 400), (8, 200, 150, 90, 8))) * (1 - 0.38 * (x**2 + y**2))
     assert reading(net, Image.fromarray(np.uint8(dimmed))) == [8]
     shaded = np.array(drawing((1000, 400), *[(digit, 60 + 120 * digit, 150, 110, 8) for digit in range(8)], paper=220))
     shaded[60:340, 285:535] //= 2
     assert reading(net, Image.fromarray(shaded)) == list(range(8))
+    for digit in range(10):  # on a card on a dark desk
+        card = drawing((800, 600), paper=60)
+        ImageDraw.Draw(card).polygon([(200, 90), (610, 100), (600, 520), (190, 500)], fill=230)
+        write(card, digit, 360, 225, 150, 12, 30)
+        assert reading(net, card) == [digit]
     picture = drawing((800, 600), (3, 200, 200, 200, 14), (8, 500, 210, 190, 14), paper=240)
     draw = ImageDraw.Draw(picture)
     draw.line((0, 80, 799, 95), fill=0, width=3)
