@@ -133,6 +133,7 @@ def picture(results: dict[int, History], recipe: script.Recipe) -> bytes:
     right.axvline(np.median(last), color="black", label=f"median {np.median(last):.3f}")
     right.set(title="after the last epoch", xlabel="accuracy (%)", ylabel="seeds")
     right.yaxis.get_major_locator().set_params(integer=True)
+    right.set_ylim(0, 1.4 * max(seeds))  # room for the legend
     right.legend()
     return png(figure)
 
