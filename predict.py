@@ -12,6 +12,7 @@ in several ways, the network's probabilities decide (read_ink).
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -21,7 +22,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from script import HERE, MEAN, STD, Failure, Net, load_net, run_command, save
 
 
 class Box(NamedTuple):
-    """A frame in a picture, in pixels from its upper left corner; right and bottom lie outside."""
+    """A rectangle in a picture, in pixels from its upper left corner; right and bottom lie outside."""
 
     left: int
     top: int
@@ -101,7 +101,7 @@ def without_ink(grey: np.ndarray, nearby: bool) -> np.ndarray:
     border is continued, without the ink that touches it.
     """
     short, long = sorted(grey.shape)
-    side = max(3, int(0.12 * short if nearby else max(0.4 * short, min(0.3 * long, 2 * short))))
+    side = max(3, int(0.12 * short if nearby else np.clip(0.3 * long, 0.4 * short, 2 * short)))
     sheet = np.pad(grey, 1, mode="edge")
     for border in sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]:
         border[:] = ndimage.grey_opening(border, max(3, 2 * len(border) // 3))
@@ -117,7 +117,7 @@ def roughness(grey: np.ndarray) -> float:
 def find_ink(colours: np.ndarray, signs: tuple[int, ...], nearby: bool) -> tuple[np.ndarray, np.ndarray, float]:
     """How much each pixel differs from its paper, or from the paper nearby, as a share of the light there.
 
-    From (H, W, 3) in [0, 255] to ink (H, W), the same smoothed, and the least smoothed ink that is not noise. signs:
+    From (H, W, 3) in [0, 255] to ink (H, W), the same smoothed, and the value below which the latter is noise. signs:
     -1 where ink may be darker than its paper, 1 where it may be lighter. Raises Failure where nothing stands out.
     """
     small = Image.fromarray(np.uint8(colours))
@@ -170,6 +170,12 @@ def find_marks(labels: np.ndarray, ink: np.ndarray) -> list[Mark]:
     return marks
 
 
+def bounds(mask: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns of the smallest box around a mask (H, W)."""
+    (place,) = ndimage.find_objects(mask.astype(int))
+    return place
+
+
 def canvas(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
     """The mask (H, W) of these marks."""
     mask = np.zeros(shape, bool)
@@ -178,8 +184,8 @@ def canvas(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def partition(marks: list[Mark], chosen: np.ndarray) -> tuple[list[Mark], list[Mark]]:
-    """The marks that are chosen (N,), and the others."""
+def partition(marks: list[Mark], chosen: Iterable[bool]) -> tuple[list[Mark], list[Mark]]:
+    """The marks that are chosen, and the others."""
     pairs = list(zip(marks, chosen, strict=True))
     return [mark for mark, yes in pairs if yes], [mark for mark, yes in pairs if not yes]
 
@@ -205,7 +211,7 @@ def are_edges(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
     border = np.ones(shape, bool)
     border[1:-1, 1:-1] = False
     edges = np.array([(border[mark.place] & mark.mask).sum() > 0.6 * mark.size for mark in marks], bool)
-    return edges if not edges.all() else ~edges
+    return edges & ~edges.all()
 
 
 def are_frames(marks: list[Mark]) -> np.ndarray:
@@ -227,17 +233,16 @@ def stroke_width(mask: np.ndarray) -> float:
 def join_broken(marks: list[Mark], ink: np.ndarray, gap: float) -> list[Mark]:
     """The marks, with those joined that are less than a gap apart, a share of the usual height.
 
-    A dot, a mark that is hardly longer than strokes are wide, is no digit but part of what is next to it.
+    A dot, a mark shorter than three strokes are wide, is no digit but part of what is next to it.
     """
     mask = canvas(marks, ink.shape)
     widths, areas = np.array([(stroke_width(mark.mask), mark.mask.sum()) for mark in marks]).T
     width = weighted_median(widths, areas / widths)  # by length: a stamp is no long stroke
     dots = [mark for mark in marks if mark.size < 3 * width]
-    near = mask.copy()
+    near = ndimage.distance_transform_edt(~mask) <= gap / 2 * usual_height(marks)  # half a gap from either side
     if dots:
         far = 1.5 * min(width, np.median([mark.size for mark in dots]))
         near |= ndimage.distance_transform_edt(~canvas(dots, ink.shape)) <= far
-    near |= ndimage.distance_transform_edt(~mask) <= gap / 2 * usual_height(marks)
     return find_marks(label(near) * mask, ink)
 
 
@@ -300,12 +305,12 @@ class Digit(NamedTuple):
     @property
     def certainty(self) -> float:
         """The probability of what is read, less for a mark wider than 0.8 of its height: it may be two digits."""
-        return self.probability * min(1, max(0.2, 1.8 - self.mark.width / self.mark.height))
+        return self.probability * float(np.clip(1.8 - self.mark.width / self.mark.height, 0.2, 1))
 
     @property
     def plausibility(self) -> float:
         """The certainty, less for strokes wider than a quarter of the mark: it may be a sheet, and its digit a hole."""
-        return self.certainty * min(1, max(0.2, 3.5 - 10 * stroke_width(self.mark.mask) / self.mark.size))
+        return self.certainty * float(np.clip(3.5 - 10 * stroke_width(self.mark.mask) / self.mark.size, 0.2, 1))
 
 
 def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
@@ -314,20 +319,18 @@ def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
     Scaled to fit 20x20 pixels, grey by antialiasing, and laid into 28x28 with its centre of mass in the middle,
     as LeCun, Cortes and Burges describe. Strokes that would shrink to less than MNIST's are first drawn anew, wider.
     """
-    (place,) = ndimage.find_objects(mask.astype(int))
-    unit, stroke = max(mask[place].shape) / 20, stroke_width(mask)  # unit: a pixel of the field
+    unit, stroke = max(mask[bounds(mask)].shape) / 20, stroke_width(mask)  # unit: a pixel of the field
     wider = (2.4 * unit - stroke) / 2 if stroke < 2 * unit else 0
     if wider >= 0.5:
         digit = np.clip(wider + 0.5 - ndimage.distance_transform_edt(~np.pad(mask, math.ceil(wider))), 0, 1)
     else:
         nearby = ndimage.binary_dilation(mask, iterations=max(1, round(unit / 10)))  # with its grey edge
         digit = np.clip(ink / np.percentile(ink[mask], 90), 0, 1) * nearby
-    (place,) = ndimage.find_objects((digit > 0.25).astype(int))
-    digit = digit[place]
+    digit = digit[bounds(digit > 0.25)]
     height, width = (max(1, round(20 * side / max(digit.shape))) for side in digit.shape)
     digit = np.asarray(Image.fromarray(np.float32(digit)).resize((width, height), Image.Resampling.BOX))
     y, x = ndimage.center_of_mass(digit)
-    top, left = min(max(round(14 - y), 0), 28 - height), min(max(round(14 - x), 0), 28 - width)
+    top, left = np.clip((round(14 - y), round(14 - x)), 0, (28 - height, 28 - width))
     field = torch.zeros(1, 28, 28)
     field[0, top : top + height, left : left + width] = torch.from_numpy(digit / digit.max())
     return field
@@ -361,7 +364,7 @@ EACH, THROUGH = 0.3, 0.45  # what each digit costs, and each stroke that a cut g
 
 def cropped(mark: Mark, keep: np.ndarray) -> Mark:
     """The part of a mark that is to be kept (H, W)."""
-    ((y, x),) = ndimage.find_objects(keep.astype(int))
+    y, x = bounds(keep)
     top, left = (side.start for side in mark.place)
     return Mark((slice(top + y.start, top + y.stop), slice(left + x.start, left + x.stop)), keep[y, x], mark.contrast)
 
@@ -388,16 +391,12 @@ def cut(mark: Mark, slope: float, ink: np.ndarray, net: Net) -> tuple[float, lis
         keep = mark.mask & (left <= column) & (column < right)
         if right - left <= 1.2 * mark.height and keep.any() and np.ptp(np.nonzero(keep)[0]) >= 0.6 * mark.height:
             parts[left, right] = cropped(mark, keep)
-    read_parts = dict(zip(parts, read_marks(list(parts.values()), ink, net), strict=True))
     cheapest = {0: (0.0, [])}  # the cheapest way up to each place
-    for place in ends:
-        ways = []
-        for (left, right), digit in read_parts.items():
-            if right == place and left in cheapest:
-                cost, before = cheapest[left]
-                ways.append((cost + price(digit) + THROUGH * crossed[left], [*before, digit]))
-        if ways:
-            cheapest[place] = min(ways, key=lambda way: way[0])
+    for (left, right), digit in zip(parts, read_marks(list(parts.values()), ink, net), strict=True):  # by their left
+        if left in cheapest:
+            cost, before = cheapest[left]
+            way = (cost + price(digit) + THROUGH * crossed[left], [*before, digit])
+            cheapest[right] = min(cheapest.get(right, way), way, key=lambda way: way[0])
     return cheapest.get(end, (math.inf, []))
 
 
@@ -418,14 +417,14 @@ def split(digit: Digit, ink: np.ndarray, net: Net) -> list[Digit]:
 MOST_DIGITS = 600  # more are noise or text
 
 
-@dataclass
+@dataclasses.dataclass
 class Reading:
     """What is read in a picture: its digits, line by line, what was left out, and why it is refused if it is."""
 
-    rows: list[list[Digit]]
-    unread: list[Mark]  # of a digit's size, but not read
-    frames: list[Mark]  # that hold other marks
-    ignored: list[Mark]  # lines, the paper's edges, specks
+    rows: list[list[Digit]] = dataclasses.field(default_factory=list)
+    unread: list[Mark] = dataclasses.field(default_factory=list)  # of a digit's size, but not read
+    frames: list[Mark] = dataclasses.field(default_factory=list)  # that hold other marks
+    ignored: list[Mark] = dataclasses.field(default_factory=list)  # lines, the paper's edges, specks, faint marks
     problem: str = ""
     scale: float = 1  # pixels of the picture as it is shown, for one of a mark's
 
@@ -443,7 +442,7 @@ class Reading:
         return self.unread + self.frames + self.ignored
 
     def explained(self, frames: bool = False) -> float:
-        """The share of the ink, with frames or without, that is read: each digit's times its certainty."""
+        """The share, by certainty, that is read of the ink of digits, unread marks and, if asked, frames."""
         marks = [digit.mark for digit in self.digits] + self.unread + self.frames * frames
         ink_read = sum(digit.certainty * digit.mark.mask.sum() for digit in self.digits)
         return ink_read / max(1, sum(mark.mask.sum() for mark in marks))
@@ -458,7 +457,7 @@ class Reading:
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
-    """Part digits into lines, top down, each from left to right: a digit goes on with the line that ends next to it."""
+    """Part digits into lines, top down, each from left to right: a digit is added to the line that ends nearest."""
     rows = []
 
     def middle(digit: Digit) -> float:
@@ -482,11 +481,11 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float = 0.08) ->
     """Read the digits in a mask (H, W), those of the usual size and contrast, joined over gaps (see join_broken)."""
     marks, frames, edges = find_candidates(mask, ink, gap)
     if not marks:
-        return Reading([], [], frames, edges)
+        return Reading(frames=frames, ignored=edges)
     contrast = usual_contrast(marks)  # a desk's grain is fainter than ink; the usual height is that of ink
-    faint, marks = partition(marks, np.array([mark.contrast < 0.5 * contrast for mark in marks]))
+    faint, marks = partition(marks, [mark.contrast < 0.5 * contrast for mark in marks])
     usual = usual_height(marks)
-    specks, marks = partition(marks, np.array([mark.size < 0.15 * usual for mark in marks]))
+    specks, marks = partition(marks, [mark.size < 0.15 * usual for mark in marks])
     if len(marks) > MOST_DIGITS:
         raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
     found, unread = [], []
@@ -506,7 +505,7 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float = 0.08) ->
 
 
 def better(first: Reading, second: Reading, margin: float) -> Reading:
-    """The second reading if its merit is larger by this factor, and it explains the ink as well, or else the first."""
+    """The second reading if its merit is larger by this factor and it explains nearly as much, or else the first."""
     if second.merit > margin * first.merit and second.explained() > 0.9 * first.explained():
         return second
     return first
@@ -529,7 +528,7 @@ def read_ink(ink: np.ndarray, smooth: np.ndarray, faintest: float, net: Net) -> 
         best = better(best, read_mask(mask, ink, net, gap=0.6), 1.15)  # badly broken strokes
     if best.rows:  # a pencil's digits between a pen's are not lost in silence
         least = 0.5 * usual_height([digit.mark for digit in best.digits])
-        best.ignored += [mark for mark in marks if mark.contrast < faintest and mark.height > least]
+        best.ignored += [m for m in marks if m.height > least and not (mask[m.place] & m.mask).any()]
     return best
 
 
@@ -541,16 +540,16 @@ def read_colours(colours: np.ndarray, net: Net) -> Reading:
     poor = best.explained(frames=True) < (0.6 if few else 0.9)
     other_ways = []
     if poor or few:  # light paper on a dark desk was taken for ink, perhaps
-        other_ways.append({"signs": (-1,), "nearby": False})
+        other_ways.append(((-1,), False))
     if poor:  # or a shadow, or a note of another colour
-        other_ways.append({"signs": (-1, 1), "nearby": True})
-    for way in other_ways:
+        other_ways.append(((-1, 1), True))
+    for signs, nearby in other_ways:
         with contextlib.suppress(Failure):
-            ink, smooth, faintest = find_ink(colours, **way)
+            ink, smooth, faintest = find_ink(colours, signs, nearby)
             if np.array_equal(ink, found[0]):
                 continue
             other = read_ink(ink, smooth, faintest, net)
-            if way["nearby"] and len(other.digits) < 3:
+            if nearby and len(other.digits) < 3:
                 continue  # pieces of a digit with strokes as wide as the square that removes ink, perhaps
             best = better(best, other, margin=2 if len(best.digits) < 3 else 1.15)
     if not best.rows:
@@ -567,8 +566,8 @@ def look(picture: Image.Image, net: Net) -> Reading:
         except Failure:  # white ink on transparency, perhaps
             reading = read_colours(flatten(picture, "black"), net)
     except Failure as failure:
-        return Reading([], [], [], [], str(failure))
-    reading.scale = max(picture.size) / max(colours.shape)
+        return Reading(problem=str(failure))
+    reading.scale = max(picture.size) / max(colours.shape[:2])
     return reading
 
 
@@ -675,7 +674,7 @@ def readings(files: Iterable[str], net: Net) -> Iterator[tuple[str, Reading, Ima
                 yield name, look(picture, net), picture
         except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            yield file, Reading([], [], [], [], problem), None
+            yield file, Reading(problem=problem), None
 
 
 def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int:

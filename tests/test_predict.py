@@ -12,7 +12,6 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import predict
-import script
 from conftest import HERE
 
 # A person's ten digits as strokes, lists of (x, y) in a box of 60 by 100; 4, 5 and 7 are drawn in more than one.
@@ -48,15 +47,9 @@ def drawing(size, *digits, paper=255):
     return picture
 
 
-@pytest.fixture(scope="session")
-def net():
-    """The committed network."""
-    return script.load_net(HERE / "assets" / "model.pt")
-
-
-def reading(net, picture):
+def reading(picture):
     """The digits that are read in a Pillow picture, in order."""
-    return predict.read(net, [field for _, field in predict.digits(picture)]).argmax(dim=1).tolist()
+    return [digit.value for digit in predict.look(picture, predict.committed_net()).digits]
 
 
 def told(capsys, *arguments):
@@ -67,40 +60,38 @@ def told(capsys, *arguments):
 
 
 @pytest.mark.parametrize("kind", sheets.KINDS + sheets.PAGES)
-def test_each_kind_of_sheet_is_read(net, test_set, kind):
+def test_each_kind_of_sheet_is_read(test_set, kind):
     """Other digits and other sheets than the table's, ten of each kind. One that is read as two costs 0.2."""
-    assert sheets.right(net, kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= 0.7
+    assert sheets.right(predict.committed_net(), kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= 0.7
 
 
 @pytest.mark.parametrize("width", [2, 4, 8, 24])
-def test_pens_of_every_width_draw_strokes_as_wide_as_mnist_s(net, width):
+def test_pens_of_every_width_draw_strokes_as_wide_as_mnist_s(width):
     for digit in STROKES:
-        picture = drawing((400, 400), (digit, 120, 80, 220, width))
-        assert reading(net, picture) == [digit], (digit, width)
-        if digit == 1:
-            ((_, field),) = predict.digits(picture)
-            assert 1.8 < field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
+        assert reading(drawing((400, 400), (digit, 120, 80, 220, width))) == [digit], (digit, width)
+    ((_, field),) = predict.digits(drawing((400, 400), (1, 120, 80, 220, width)))
+    assert 1.8 < field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
 
 
-def test_dark_corners_a_shadow_a_desk_lines_across_and_specks_are_no_digits(net):
+def test_dark_corners_a_shadow_a_desk_lines_across_and_specks_are_no_digits():
     y, x = np.mgrid[-1:1:400j, -1:1:600j]
     dimmed = np.asarray(drawing((600, 400), (8, 200, 150, 90, 8))) * (1 - 0.38 * (x**2 + y**2))
-    assert reading(net, Image.fromarray(np.uint8(dimmed))) == [8]
+    assert reading(Image.fromarray(np.uint8(dimmed))) == [8]
     shaded = np.array(drawing((1000, 400), *[(digit, 60 + 120 * digit, 150, 110, 8) for digit in range(8)], paper=220))
     shaded[60:340, 285:535] //= 2
-    assert reading(net, Image.fromarray(shaded)) == list(range(8))
+    assert reading(Image.fromarray(shaded)) == list(range(8))
     for digit in range(10):  # on a card on a dark desk
         card = drawing((800, 600), paper=60)
         ImageDraw.Draw(card).polygon([(200, 90), (610, 100), (600, 520), (190, 500)], fill=230)
         write(card, digit, 360, 225, 150, 12, 30)
-        assert reading(net, card) == [digit]
+        assert reading(card) == [digit]
     picture = drawing((800, 600), (3, 200, 200, 200, 14), (8, 500, 210, 190, 14), paper=240)
     draw = ImageDraw.Draw(picture)
     draw.line((0, 80, 799, 95), fill=0, width=3)
     draw.line((60, 0, 60, 599), fill=0, width=3)
     for x, y in np.random.default_rng(4).integers(0, 600, (20, 2)).tolist():
         draw.ellipse((x, y, x + 4, y + 4), fill=0)
-    assert reading(net, picture) == [3, 8]
+    assert reading(picture) == [3, 8]
 
 
 MODES = {  # what people make of a picture that is light on dark
