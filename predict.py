@@ -4,10 +4,11 @@
     python predict.py --json - <picture.jpg        the same with boxes and probabilities, as JSON
     python predict.py --seen seen.png photo.jpg    and draw what was found in it, and what the network saw
 
-Ink is what differs from the paper around it (find_ink, strokes). Connected ink is a mark (find_marks); frames, edges
-of the paper and specks are ignored (find_candidates), and so are printed lines (find_lines). A mark is made into a
-28x28 field as MNIST's own were (as_mnist), and marks of touching digits are cut (split). Where the same ink can be read
-in several ways, the network's probabilities decide (read_ink).
+Ink is what differs from the paper around it (find_ink, strokes). Connected ink is a mark (find_marks); frames and edges
+of the paper are ignored (find_candidates), and so are printed lines (find_lines) and specks (read_mask). A mark is made
+into a 28x28 field as MNIST's own were (as_mnist), and marks of touching digits are cut (split). Where the same ink can
+be read in several ways, the network's probabilities decide (read_ink, read_colours). The thresholds are fitted to other
+people's handwriting; docs/predict.md says which.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Box(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Connected ink: its rows and columns, which of the pixels there (H, W) it covers, and its contrast."""
+    """Connected ink: its rows and columns, which of the pixels there (H, W) it covers, and how strong its ink is."""
 
     place: tuple[slice, slice]
     mask: np.ndarray
@@ -159,7 +160,10 @@ MOST_MARKS = 3000  # more are noise or text
 
 
 def find_marks(labels: np.ndarray, ink: np.ndarray) -> list[Mark]:
-    """A mark for each number in labels (H, W), specks omitted. Raises Failure where they are too many."""
+    """A mark for each number in labels (H, W), with its contrast in this ink or smoothed ink (H, W).
+
+    Dust is omitted, and not counted as left out. Raises Failure where the marks are too many.
+    """
     marks = []
     for region in regionprops(labels):
         if max(region.image.shape) >= max(3, min(labels.shape) / 80):
@@ -215,7 +219,7 @@ def are_edges(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
 
 
 def are_frames(marks: list[Mark]) -> np.ndarray:
-    """Which marks (N,) have others in their box, more than specks or noise, or are grids."""
+    """Which marks (N,) have others in their box that add up to 0.3 of their size, or are grids, with over 20 holes."""
     left, top, right, bottom = np.array([mark.box for mark in marks]).reshape(-1, 4).T
     sizes, contrasts = np.array([(mark.size, mark.contrast) for mark in marks]).reshape(-1, 2).T
     # inside[i, j]: mark j lies in the box of mark i
@@ -226,7 +230,7 @@ def are_frames(marks: list[Mark]) -> np.ndarray:
 
 
 def stroke_width(mask: np.ndarray) -> float:
-    """The strokes' mean width: their pixels' mean distance to an edge is a quarter of it, and half a pixel."""
+    """The strokes' mean width: in a stroke w pixels wide the mean distance to the paper is w / 4 + 1 / 2."""
     return 4 * (ndimage.distance_transform_edt(np.pad(mask, 1)).sum() / max(1, mask.sum()) - 0.5)
 
 
@@ -261,12 +265,12 @@ def find_candidates(mask: np.ndarray, ink: np.ndarray, gap: float) -> tuple[list
 
 def lines_across(mask: np.ndarray) -> np.ndarray:
     """The pixels of long thin lines in a mask (H, W) that run from left to right."""
-    width, near = mask.shape[1], 2 * max(1, min(mask.shape) // 300) + 1
+    width, window = mask.shape[1], 2 * max(1, min(mask.shape) // 300) + 1
     bar = int(max(6, width / 12, min(4 * stroke_width(mask), width / 4)))  # the shortest piece of a line
-    thick = ndimage.maximum_filter(mask, (near, 1))  # in which sloping lines have long runs, too
+    thick = ndimage.maximum_filter(mask, (window, 1))  # in which sloping lines have long runs, too
     runs = ndimage.grey_opening(thick, (1, bar)) & mask
     line = np.zeros_like(mask)
-    for region in regionprops(label(ndimage.maximum_filter(runs, near)) * runs):
+    for region in regionprops(label(ndimage.maximum_filter(runs, window)) * runs):
         tall, long = region.image.shape
         if long >= 0.45 * width and region.area <= long**2 / 8 and tall <= long / 6:
             line[region.slice] |= region.image
@@ -288,7 +292,11 @@ def find_lines(mask: np.ndarray, ink: np.ndarray) -> np.ndarray:
 
 
 class Digit(NamedTuple):
-    """A mark as the network reads it: its field (1, 28, 28), and the probability of each of the ten digits."""
+    """A mark as the network reads it: its field (1, 28, 28), and the probability of each of the ten digits.
+
+    Its probability is printed, its certainty decides which marks are digits and where they are cut, and its
+    plausibility which of several readings of a picture stands.
+    """
 
     mark: Mark
     field: Tensor
@@ -316,7 +324,7 @@ class Digit(NamedTuple):
 def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
     """A digit's ink (H, W) and its strokes as MNIST made its own: (1, 28, 28) in [0, 1].
 
-    Scaled to fit 20x20 pixels, grey by antialiasing, and laid into 28x28 with its centre of mass in the middle,
+    Scaled to fit 20x20 pixels, grey by antialiasing, and laid into 28x28 by its centre of mass,
     as LeCun, Cortes and Burges describe. Strokes that would shrink to less than MNIST's are first drawn anew, wider.
     """
     unit, stroke = max(mask[bounds(mask)].shape) / 20, stroke_width(mask)  # unit: a pixel of the field
@@ -324,12 +332,13 @@ def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
     if wider >= 0.5:
         digit = np.clip(wider + 0.5 - ndimage.distance_transform_edt(~np.pad(mask, math.ceil(wider))), 0, 1)
     else:
-        nearby = ndimage.binary_dilation(mask, iterations=max(1, round(unit / 10)))  # with its grey edge
-        digit = np.clip(ink / np.percentile(ink[mask], 90), 0, 1) * nearby
+        grown = ndimage.binary_dilation(mask, iterations=max(1, round(unit / 10)))  # with its grey edge
+        digit = np.clip(ink / np.percentile(ink[mask], 90), 0, 1) * grown
     digit = digit[bounds(digit > 0.25)]
     height, width = (max(1, round(20 * side / max(digit.shape))) for side in digit.shape)
     digit = np.asarray(Image.fromarray(np.float32(digit)).resize((width, height), Image.Resampling.BOX))
     y, x = ndimage.center_of_mass(digit)
+    # MNIST's centres of mass lie at pixel 14, counted from 0.
     top, left = np.clip((round(14 - y), round(14 - x)), 0, (28 - height, 28 - width))
     field = torch.zeros(1, 28, 28)
     field[0, top : top + height, left : left + width] = torch.from_numpy(digit / digit.max())
@@ -426,7 +435,7 @@ class Reading:
     frames: list[Mark] = dataclasses.field(default_factory=list)  # that hold other marks
     ignored: list[Mark] = dataclasses.field(default_factory=list)  # lines, the paper's edges, specks, faint marks
     problem: str = ""
-    scale: float = 1  # pixels of the picture as it is shown, for one of a mark's
+    scale: float = 1  # the picture's pixels to one of the marks', which are found in a smaller copy
 
     def box(self, mark: Mark) -> Box:
         """A mark's box in pixels of the picture as it is shown, upright."""
@@ -451,7 +460,7 @@ class Reading:
     def merit(self) -> float:
         """The score by which one of several readings is chosen: the ink explained, and the number of likely digits.
 
-        Of that number the root, or else ink that is cut into pieces would win.
+        A digit of 50 % counts nothing, one of 100 % is 1. The root, or else ink that is cut into pieces would win.
         """
         return self.explained() * math.sqrt(sum(max(0, 2 * digit.plausibility - 1) for digit in self.digits))
 
@@ -464,13 +473,13 @@ def in_rows(digits: list[Digit]) -> list[list[Digit]]:
         return (digit.mark.box.top + digit.mark.box.bottom) / 2
 
     for digit in sorted(digits, key=lambda digit: digit.mark.box.left):
-        near = []
+        candidates = []
         for row in rows:
             end, offset = row[-1], abs(middle(row[-1]) - middle(digit))
             if offset < 0.5 * max(end.mark.height, digit.mark.height):
-                near.append((offset + 0.2 * max(0, digit.mark.box.left - end.mark.box.right), row))
-        if near:
-            _, nearest = min(near, key=lambda pair: pair[0])
+                candidates.append((offset + 0.2 * max(0, digit.mark.box.left - end.mark.box.right), row))
+        if candidates:
+            _, nearest = min(candidates, key=lambda pair: pair[0])
             nearest.append(digit)
         else:
             rows.append([digit])
@@ -580,9 +589,9 @@ def committed_net() -> Net:
 def digits(picture: Image.Image, net: Net | None = None) -> list[tuple[Box, Tensor]]:
     """Find the digits in a picture: (box, field) of each, left to right and line by line.
 
-    The box is in pixels of the picture as it is shown, upright. The field, (1, 28, 28) in [0, 1] with ink
-    towards 1, is what the network reads, less MEAN and over STD. Where ink may be one digit or two, this network
-    decides, by default that of assets/model.pt. Raises Failure where there is no digit. look() tells more.
+    The box is in pixels of the picture as it is shown, upright. The field is (1, 28, 28) in [0, 1] with ink
+    towards 1; read() gives its probabilities. Where ink may be one digit or two, the network decides, by default that
+    of assets/model.pt. Raises Failure where there is no digit. look() returns more.
     """
     reading = look(picture, net or committed_net())
     if reading.problem:
