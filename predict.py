@@ -237,7 +237,7 @@ def stroke_width(mask: np.ndarray) -> float:
 def join_broken(marks: list[Mark], ink: np.ndarray, gap: float) -> list[Mark]:
     """The marks, with those joined that are less than a gap apart, a share of the usual height.
 
-    A dot, a mark shorter than three strokes are wide, is no digit but part of what is next to it.
+    A dot, a mark shorter than three stroke widths, is no digit but part of what is next to it.
     """
     mask = canvas(marks, ink.shape)
     widths, areas = np.array([(stroke_width(mark.mask), mark.mask.sum()) for mark in marks]).T
@@ -313,12 +313,12 @@ class Digit(NamedTuple):
     @property
     def certainty(self) -> float:
         """The probability of what is read, less for a mark wider than 0.8 of its height: it may be two digits."""
-        return self.probability * float(np.clip(1.8 - self.mark.width / self.mark.height, 0.2, 1))
+        return self.probability * np.clip(1.8 - self.mark.width / self.mark.height, 0.2, 1)
 
     @property
     def plausibility(self) -> float:
         """The certainty, less for strokes wider than a quarter of the mark: it may be a sheet, and its digit a hole."""
-        return self.certainty * float(np.clip(3.5 - 10 * stroke_width(self.mark.mask) / self.mark.size, 0.2, 1))
+        return self.certainty * np.clip(3.5 - 10 * stroke_width(self.mark.mask) / self.mark.size, 0.2, 1)
 
 
 def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
@@ -473,13 +473,13 @@ def in_rows(digits: list[Digit]) -> list[list[Digit]]:
         return (digit.mark.box.top + digit.mark.box.bottom) / 2
 
     for digit in sorted(digits, key=lambda digit: digit.mark.box.left):
-        candidates = []
+        rows_near = []
         for row in rows:
             end, offset = row[-1], abs(middle(row[-1]) - middle(digit))
             if offset < 0.5 * max(end.mark.height, digit.mark.height):
-                candidates.append((offset + 0.2 * max(0, digit.mark.box.left - end.mark.box.right), row))
-        if candidates:
-            _, nearest = min(candidates, key=lambda pair: pair[0])
+                rows_near.append((offset + 0.2 * max(0, digit.mark.box.left - end.mark.box.right), row))
+        if rows_near:
+            _, nearest = min(rows_near, key=lambda pair: pair[0])
             nearest.append(digit)
         else:
             rows.append([digit])
