@@ -1,33 +1,17 @@
-"""What the suites share: test_model.py of script.py, and those in tests/ of the other programs."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""The fixtures of all suites, and their order."""
 
 import pytest
 import torch
 
 import script
+from script import HERE
 
-HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 
 
 def pytest_collection_modifyitems(items):
     """The whole run, which takes minutes, comes last."""
     items.sort(key=lambda item: item.name.startswith("test_accuracy_above"))
-
-
-def command(*arguments, **options):
-    """`python script.py ...` in a process of its own, its output captured as text."""
-    line = [sys.executable, str(HERE / "script.py"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, encoding="utf-8", check=False, **options)
-
-
-def only_run(folder):
-    """The one run in the folder."""
-    (run,) = folder.iterdir()
-    return run
 
 
 @pytest.fixture(autouse=True)

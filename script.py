@@ -41,6 +41,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+REFERENCE = HERE / "results" / "reference" / "model.pt"  # the weights of the reference run in README.md
 
 
 class Failure(Exception):
@@ -214,7 +215,7 @@ class Loader:
 
 
 class EagerBackend:
-    """A network's passes by PyTorch. backend.py's CompiledBackend has the same methods. The caller sets the mode."""
+    """A network's passes by PyTorch. backend/'s CompiledBackend has the same methods. The caller sets the mode."""
 
     kind = "eager"
 
@@ -563,8 +564,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]
     parser = argparse.ArgumentParser("script.py", description=__doc__, **style)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", type=Path, metavar="RUN", help="go on with the interrupted run in this folder")
-    text = "score weights on the 10,000 test images (default: assets/model.pt)"
-    mode.add_argument("--evaluate", type=Path, nargs="?", const=HERE / "assets/model.pt", metavar="WEIGHTS", help=text)
+    text = "score weights on the 10,000 test images (default: the reference run's)"
+    mode.add_argument("--evaluate", type=Path, nargs="?", const=REFERENCE, metavar="WEIGHTS", help=text)
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
     parser.add_argument("--data-dir", type=Path, default=HERE / "data", help="default: data/ beside script.py")
     new = parser.add_argument_group("a new run")

@@ -32,7 +32,8 @@ from torchvision.transforms.v2 import functional as vision
 
 import pictures
 import script
-from conftest import CPU, HERE, command, only_run
+from script import HERE
+from tests.helpers import CPU, command, only_run
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 PICTURES = "curves.png", "confusion.png", "misclassified.png", "augmentation.png"
@@ -300,7 +301,7 @@ def test_the_score_is_torchs_loss_and_a_plain_count(test_set):
 
 
 def test_a_loader_that_shuffles_is_scored_with_its_own_labels(train_set):
-    backend = script.EagerBackend(script.load_net(HERE / "assets" / "model.pt"))
+    backend = script.EagerBackend(script.load_net(script.REFERENCE))
     loader = script.Loader(train_set[0][:2000], train_set[1][:2000], 32, script.Recipe())
     assert script.test(backend, loader).accuracy > 97
 
@@ -411,8 +412,8 @@ def test_the_committed_weights_are_the_reference_runs(tmp_path, monkeypatch, cap
     counts = np.array([row.split()[2:] for row in rows], dtype=int)
     assert (counts.shape, counts.sum(), np.trace(counts)) == ((10, 10), 10_000, right)
     assert [row.split()[1] for row in rows] == [f"{100 * counts[d, d] / counts[d].sum():.2f}%" for d in range(10)]
-    assert float(history_of(HERE / "assets")[19]["test_accuracy"]) == right / 100 > 99.40
-    log = (HERE / "assets" / "train.log").read_text(encoding="utf-8").strip()
+    assert float(history_of(script.REFERENCE.parent)[19]["test_accuracy"]) == right / 100 > 99.40
+    log = (script.REFERENCE.parent / "train.log").read_text(encoding="utf-8").strip()
     assert log in README
     assert f"\nFinal accuracy: {right / 100:.2f}% after 20 epochs in " in log
 
@@ -421,7 +422,7 @@ def test_the_committed_weights_are_the_reference_runs(tmp_path, monkeypatch, cap
     ("file", "start"), [("study", "**ours**"), ("study-relu", "ours with ReLU"), ("study-source", "the source")]
 )
 def test_the_readme_tells_what_the_studies_found(file, start):
-    with open(HERE / "results" / f"{file}.csv", newline="") as table:
+    with open(HERE / "results" / "studies" / f"{file}.csv", newline="") as table:
         values = np.array([float(row["accuracy"]) for row in csv.DictReader(table)])
     assert values.min() > 99.40
     (row,) = re.findall(rf"^\| {re.escape(start)}.*$", README, re.M)
@@ -432,7 +433,7 @@ def test_the_readme_tells_what_the_studies_found(file, start):
 def test_the_python_in_the_documents_runs(tmp_path, monkeypatch, capsys, few_images):
     for name in ("first", "second"):
         (tmp_path / "runs" / "study" / name).mkdir(parents=True)
-        shutil.copy(HERE / "assets" / "model.pt", tmp_path / "runs" / "study" / name)
+        shutil.copy(script.REFERENCE, tmp_path / "runs" / "study" / name)
     for file, folder in (("README.md", HERE), ("docs/recipe.md", tmp_path)):
         monkeypatch.chdir(folder)
         blocks = re.findall(r"^```python\n(.*?)^```", (HERE / file).read_text(encoding="utf-8"), re.M | re.S)
@@ -498,9 +499,9 @@ def damaged(file):
 
 def test_weights_that_are_damaged_or_foreign(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    good = script.load(HERE / "assets" / "model.pt")
+    good = script.load(script.REFERENCE)
     foreign = {1: 2}, [1, 2], nn.Linear(3, 3).state_dict(), good | {"_extra_state": ["relu"]}
-    for content in (*damaged(HERE / "assets" / "model.pt"), *foreign):
+    for content in (*damaged(script.REFERENCE), *foreign):
         script.save(Path("weights.pt"), content)
         assert refused(capsys, "--evaluate", "weights.pt").startswith("weights.pt ")
     assert refused(capsys, "--evaluate", "missing.pt") == "cannot read missing.pt: No such file or directory"

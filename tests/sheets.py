@@ -1,7 +1,7 @@
 """Simulated photos of handwritten digits, and how many of the digits predict.py reads right on each kind.
 
-python tests/sheets.py              print the table of docs/predict.md; MNIST's test digits, 100 a kind
-python tests/sheets.py sheet.jpg    make the README's sheet
+python -m tests.sheets              print the table of docs/predict.md; MNIST's test digits, 100 a kind
+python -m tests.sheets sheet.jpg    make the README's sheet
 """
 
 import contextlib
@@ -9,16 +9,14 @@ import io
 import sys
 from difflib import SequenceMatcher
 from math import ceil, cos, exp, log, pi, sin
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 from skimage.morphology import skeletonize
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, it has tests/ there only
-from predict import digits, read
-from script import HERE, Failure, Net, load_mnist, load_net
+from reader import classify, digits
+from script import HERE, REFERENCE, Failure, Net, load_mnist, load_net
 
 KINDS = """clean, lamp, vignette, shadow, dust, ruled, squared, noise, blur, JPEG, thin pen, thick pen, pencil, colours,
 chalk, transparency, cropped, border, small, photo""".replace("\n", " ").split(", ")
@@ -136,7 +134,7 @@ def right(net: Net, kind: str, images: np.ndarray, labels: np.ndarray, number: i
     make = page if kind in PAGES else sheet
     for chosen in rng.choice(len(images), (pictures, many), replace=False):
         with contextlib.suppress(Failure):
-            found = read(net, [field for _, field in digits(make(kind, images[chosen], rng), net)]).argmax(dim=1)
+            found = classify(net, [field for _, field in digits(make(kind, images[chosen], rng), net)]).argmax(dim=1)
             matcher = SequenceMatcher(None, labels[chosen].tolist(), found.tolist(), autojunk=False)
             total += sum(block.size for block in matcher.get_matching_blocks()) - max(0, len(found) - many)
     return total / (pictures * many)
@@ -149,7 +147,7 @@ def main(paths: list[str]) -> None:
         rng = np.random.default_rng(2026)
         page("desk", images[rng.choice(800, 30, replace=False), 0], rng).save(paths[0], quality=85)
         return
-    net = load_net(HERE / "assets" / "model.pt")
+    net = load_net(REFERENCE)
     print("kind of sheet   read right")
     for kind in KINDS + PAGES:
         print(f"{kind:<14}  {right(net, kind, images[:, 0], labels, 100, 13):>9.1%}", flush=True)

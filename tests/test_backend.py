@@ -13,7 +13,7 @@ from torch import nn
 
 import backend
 import script
-from conftest import HERE
+from script import HERE
 
 COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
@@ -24,7 +24,7 @@ WIDTHS = "", *(pytest.param(flags, marks=pytest.mark.slow) for flags in LANES)
 
 def trained_net(activation=script.Recipe.activation):
     """The committed weights in training mode, with the activation they were trained with or another."""
-    net = script.load_net(HERE / "assets" / "model.pt").train()
+    net = script.load_net(script.REFERENCE).train()
     net.set_extra_state(activation)
     return net
 
@@ -180,7 +180,7 @@ def test_without_a_backend_that_can_be_trusted_it_trains_eagerly_and_says_why(tm
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(backend, "SOURCE", tmp_path / "backend.cpp")
     assert "No such file" in said()
-    wrong = (HERE / "backend.cpp").read_text(encoding="utf-8").replace("total / 49.0f", "total / 44.0f")
+    wrong = (backend.SOURCE).read_text(encoding="utf-8").replace("total / 49.0f", "total / 44.0f")
     (tmp_path / "backend.cpp").write_text(wrong, encoding="utf-8")
     assert "autograd differ" in said()
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -226,7 +226,7 @@ int main() {  // every buffer is as large as it must be, and no larger
 def test_it_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path, flags):
     sizes = [buffer.nbytes // 4 for buffer in script.Net().buffers()]
     (tmp_path / "main.cpp").write_text(SANITIZED.replace("SIZES", str(sizes).strip("[]")))
-    line = [COMPILER, "-std=c++20", "-O1", "-pthread", "-I", HERE, *flags.split(), "-DHARDSWISH"]
+    line = [COMPILER, "-std=c++20", "-O1", "-pthread", "-I", backend.SOURCE.parent, *flags.split(), "-DHARDSWISH"]
     line += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", "main", "main.cpp"]
     built = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:  # the sanitizers' libraries

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sheets
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import predict
-from conftest import HERE
+import reader
+from script import HERE
+from tests import sheets
 
 # A person's ten digits as strokes, lists of (x, y) in a box of 60 by 100; 4, 5 and 7 are drawn in more than one.
 STROKES = {
@@ -49,7 +50,7 @@ def drawing(size, *digits, paper=255):
 
 def reading(picture):
     """The digits that are read in a Pillow picture, in order."""
-    return [digit.value for digit in predict.look(picture, predict.committed_net()).digits]
+    return [digit.value for digit in reader.read_picture(picture, reader.committed_net()).digits]
 
 
 def told(capsys, *arguments):
@@ -62,14 +63,14 @@ def told(capsys, *arguments):
 @pytest.mark.parametrize("kind", sheets.KINDS + sheets.PAGES)
 def test_each_kind_of_sheet_is_read(test_set, kind):
     """Other digits and other sheets than the table's, ten of each kind. One that is read as two costs 0.2."""
-    assert sheets.right(predict.committed_net(), kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= 0.7
+    assert sheets.right(reader.committed_net(), kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= 0.7
 
 
 @pytest.mark.parametrize("width", [2, 4, 8, 24])
 def test_pens_of_every_width_draw_strokes_as_wide_as_mnist_s(width):
     for digit in STROKES:
         assert reading(drawing((400, 400), (digit, 120, 80, 220, width))) == [digit], (digit, width)
-    ((_, field),) = predict.digits(drawing((400, 400), (1, 120, 80, 220, width)))
+    ((_, field),) = reader.digits(drawing((400, 400), (1, 120, 80, 220, width)))
     assert 1.8 < field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
 
 
@@ -137,7 +138,7 @@ def test_digits_are_told_line_by_line_with_boxes_around_them(tmp_path, capsys):
     with Image.open(tmp_path / "seen.png") as seen:
         red = np.asarray(seen.convert("RGB"), dtype=int)
     assert (red[..., 0] - red[..., 1] > 120).sum() > 500  # the frames
-    found = predict.digits(picture)
+    found = reader.digits(picture)
     for (left, top, right, bottom), field in found:
         assert field.shape == (1, 28, 28)
         assert 0 <= field.min() <= field.max() <= 1

@@ -1,5 +1,5 @@
 // One batch of script.py's network on a CPU: forward pass, loss and backward pass, in float32; see docs/speed.md.
-// backend.py compiles this file, checks it against autograd, and calls run_batch().
+// __init__.py compiles this file, checks it against autograd, and calls run_batch().
 //
 // Layout. A Vector holds one pixel of LANES images, a Block all feature maps of these images, as [channel][row][column]
 // in a frame of zeros, the convolutions' padding. So everything that costs time is a plain loop over whole vectors.
@@ -161,7 +161,7 @@ struct Norm {
     Vector operator()(int c, Vector z) const { return z * scale[c] + shift[c]; }
 };
 
-// The activation, which backend.py names to the compiler, and its slope, as PyTorch has it at the edges. NaN must stay
+// The activation, which __init__.py names to the compiler, and its slope, as PyTorch has it at the edges. NaN must stay
 // NaN, or a diverged run would look like one that learns: so ReLU is not max(0, y).
 #if defined HARDSWISH
 static inline Vector activation(Vector y) { return y < -3.0f ? 0.0f : y > 3.0f ? y : y * (y + 3.0f) * (1 / 6.0f); }
@@ -364,7 +364,7 @@ static void norm_backward(auto& z, const auto& norm, auto&& da, const Block* blo
     }
 }
 
-// ---------------------------------------------------------------- what backend.py calls
+// ---------------------------------------------------------------- what __init__.py calls
 
 extern "C" int lanes() { return LANES; }
 extern "C" int block_floats() { return sizeof(Block) / sizeof(float); }
