@@ -83,13 +83,13 @@ def stock(data: tuple[Dataset, Dataset], workers: int) -> Work:
 
 
 def ours(recipe: script.Recipe, images: int) -> tuple[Work, Work, str]:
-    """script.py's epoch, as many bare steps on one batch that is ready, and the log's line on the backend."""
+    """script.py's epoch, as many bare steps on one batch that is ready, and the backend in words."""
     train_set, test_set = (script.load_mnist(script.HERE / "data", train, CPU) for train in (True, False))
     train_loader = script.Loader(*(part[:images] for part in train_set), recipe.batch_size, recipe)
     test_loader = script.Loader(*(part[: images // 6] for part in test_set))
     script.seed_torch(recipe.seed, 0)
     net = script.Net(recipe.activation)
-    backend, line = script.make_backend(script.EagerBackend(net), recipe)
+    backend, reason = script.make_backend(script.EagerBackend(net), recipe)
     optimizer, scheduler = script.make_optimizer(net, recipe, STEPS)
     batch = next(iter(train_loader))
 
@@ -99,20 +99,17 @@ def ours(recipe: script.Recipe, images: int) -> tuple[Work, Work, str]:
 
     def bare_steps() -> None:
         net.train()
-        threads = torch.get_num_threads()
         for _ in range(len(train_loader)):
             backend.forward_backward(*batch)
-            torch.set_num_threads(1)  # as in train()
-            optimizer.step()
-            torch.set_num_threads(threads)
+            backend.step(optimizer)
             scheduler.step()
 
-    return epoch, bare_steps, line
+    return epoch, bare_steps, f"{backend.kind}, float32, threads: {torch.get_num_threads()} ({reason})"
 
 
 @dataclass
 class Row:
-    """A row of the table: work worth so many images' steps, and the milliseconds for 32 of them in each repeat."""
+    """A row of the table: work equivalent to `images` training images, and the milliseconds for 32 in each repeat."""
 
     name: str
     threads: int
@@ -122,9 +119,9 @@ class Row:
 
 
 def make_rows(images: int) -> tuple[list[Row], str]:
-    """The table's rows, and the log's line on the backend of "script.py, as run"."""
+    """The table's rows, and the backend of "script.py, as run" in words."""
     cores = torch.get_num_threads()
-    eager_epoch, _, _ = ours(script.Recipe(compile=False), images)  # first, for it verifies the archives
+    eager_epoch, _, _ = ours(script.Recipe(cpp=False), images)  # first, for it verifies the archives
     data = stock_data(images)
     rows = [Row(f"stock loop, workers: {n}", cores, stock(data, n), images) for n in (0, 1, 2)]
     rows.append(Row("script.py, eager", cores, eager_epoch, images))
@@ -172,7 +169,7 @@ def bench() -> int:
     rows, line = make_rows(IMAGES)
     measure(rows, REPEATS)
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    print(f"{cpu}; torch {torch.__version__}; {line}")
+    print(f"{cpu}; torch {torch.__version__}; backend: {line}")
     print(f"{REPEATS} repeats of {IMAGES:,} images, in turns: milliseconds for 32 of them, medians and extremes\n")
     print_table(rows)
     return 0

@@ -5,8 +5,7 @@ import torch
 
 import script
 from script import HERE
-
-CPU = torch.device("cpu")
+from tests.helpers import CPU
 
 
 def pytest_collection_modifyitems(items):

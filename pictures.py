@@ -1,8 +1,7 @@
-"""The figures: a run's curves, confusions, misread and augmented images, and what predict.py saw."""
+"""The figures: a run's curves, confusions, misclassified and augmented images, and what predict.py saw."""
 
 import io
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ def curves(history: list[dict]) -> Figure:
         axes.yaxis.set_major_formatter(lambda y, _: np.format_float_positional(y, trim="-"))  # not 5e-05
         axes.minorticks_off()
         axes.legend()
-    for axes, title in (losses, "loss"), (errors, "misread images (%)"), (learning_rate, "learning rate"):
+    for axes, title in (losses, "loss"), (errors, "misclassified images (%)"), (learning_rate, "learning rate"):
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -50,7 +49,7 @@ def confusion(table: Tensor) -> Figure:
     axes.imshow(errors, cmap="Reds", vmax=2 * errors.max() + 1)
     for true, read in table.nonzero().tolist():
         axes.text(read, true, int(table[true, read]), ha="center", va="center", fontsize=8)
-    axes.set(xlabel="read as", ylabel="true digit", xticks=range(10), yticks=range(10))
+    axes.set(xlabel="classified as", ylabel="true digit", xticks=range(10), yticks=range(10))
     return figure
 
 
@@ -94,25 +93,23 @@ def misclassified(predicted: Tensor, loader) -> Figure:
     """The first hundred of the loader's images whose predicted digits (N,) are wrong."""
     images, labels = loader.images.cpu(), loader.labels.cpu()
     wrong = (labels != predicted).nonzero().flatten()[:100]
-    return sheet(images[wrong], [f"{labels[i]} read as {predicted[i]}" for i in wrong.tolist()])
+    return sheet(images[wrong], [f"{labels[i]} classified as {predicted[i]}" for i in wrong.tolist()])
 
 
-def augmentation(loader, augment: Callable) -> Figure:
-    """The first image of each digit in the loader, one row each: the original, and nine draws of what is shown."""
-    images, labels = loader.images.cpu(), loader.labels.cpu()
-    first = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
-    originals = (images[first].float() / 255).repeat_interleave(10, dim=0)
+def augmentation(loader) -> Figure:
+    """The first image of each digit in the loader, one row each: the original, and nine augmented versions."""
+    first = torch.stack([(loader.labels == digit).nonzero()[0, 0] for digit in loader.labels.unique()])
     torch.manual_seed(loader.recipe.seed)
-    shown = augment(originals, loader.recipe)
-    shown[::10] = originals[::10]
+    shown = loader.pixels(first.repeat_interleave(10)).cpu()
+    shown[::10] = loader.images[first].cpu() / 255
     return sheet(shown, ["original", *["augmented"] * 9, *[""] * (len(shown) - 10)])
 
 
-def draw(history: list[dict], score, train_loader, test_loader, augment: Callable) -> dict[str, bytes]:
-    """A run's pictures as PNG files, by name, from script.py's own: to import that would run the program twice."""
+def draw(history: list[dict], _net, score, train_loader, test_loader) -> dict[str, bytes]:
+    """A run's pictures as PNG files, by name. page.draw() has the same arguments, a script.Net among them."""
     return {
         "curves.png": png(curves(history)),
         "confusion.png": png(confusion(score.confusion)),
         "misclassified.png": png(misclassified(score.predicted, test_loader)),
-        "augmentation.png": png(augmentation(train_loader, augment)),
+        "augmentation.png": png(augmentation(train_loader)),
     }

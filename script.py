@@ -1,13 +1,8 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<3", "torchvision>=0.26,<1", "tqdm>=4.66,<5", "matplotlib>=3.10,<4",
-#     "torchsummary>=1.5.1,<2"]
-# ///
 """Train a 15,440-parameter CNN on MNIST past 99.4 % in 20 epochs.
 
     python script.py                           train; leaves runs/<time>-seed<N>/
     python script.py --resume runs/<run>       go on with an interrupted run
-    python script.py --evaluate [model.pt]     score weights on the 10,000 test images
+    python script.py --evaluate [model.pt]     score weights on MNIST's 10,000 test images
 
 Reached: 99.60 % of the test images, mean of seeds 1 to 100 (99.47 to 99.75), after the last epoch; see README.md.
 Network and kind of recipe are those of the source document, the README that this project began with.
@@ -17,18 +12,18 @@ import argparse
 import contextlib
 import dataclasses
 import gzip
+import importlib
 import io
 import json
 import math
 import os
 import shlex
 import sys
-import tempfile
 import time
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,61 +44,58 @@ class Failure(Exception):
 
 
 # ---------------------------------------------------------------- recipe
-
 ACTIVATIONS = {"hardswish": F.hardswish, "relu": F.relu}
 
 
-def setting(default, allowed: tuple, meaning: str):
-    """A field of the recipe. allowed: (least, most) of a number, or else all choices. meaning: its line in --help."""
-    return dataclasses.field(default=default, metadata={"allowed": allowed, "meaning": meaning})
+def setting(default, meaning: str, **limits):
+    """A field of the recipe. meaning: its line in --help. limits: the least and the most, or choices."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What decides the result, on a given machine. Each field is a flag. Raises ValueError for a bad value."""
 
-    epochs: int = setting(20, (1, 1_000_000), "passes over the training images")
-    batch_size: int = setting(32, (1, 60_000), "images in a batch")
-    max_lr: float = setting(0.02, (0, 1e30), "Adam's learning rate at the peak of the cycle")
-    weight_decay: float = setting(2e-6, (0, 1e30), "Adam's L2 penalty")
-    seed: int = setting(1, (0, 2**63 - 1), "random seed")
-    activation: str = setting("hardswish", tuple(ACTIVATIONS), "activation function")
-    compile: bool = setting(True, (False, True), "use the C++ backend where it is faster; its last digits differ")
+    epochs: int = setting(20, "passes over the training images", least=1, most=1_000_000)
+    batch_size: int = setting(32, "images in a batch", least=1, most=60_000)
+    max_lr: float = setting(0.02, "Adam's learning rate at the peak of the cycle", least=0, most=1e30)
+    weight_decay: float = setting(2e-6, "Adam's L2 penalty", least=0, most=1e30)
+    seed: int = setting(1, "random seed", least=0, most=2**63 - 1)
+    activation: str = setting("hardswish", "activation function", choices=tuple(ACTIVATIONS))
+    cpp: bool = setting(True, "use the C++ backend where it is faster; its last digits differ", choices=(False, True))
     # The cycle (OneCycleLR): the learning rate rises to max_lr, then falls to max_lr / div_factor / final_div_factor.
-    pct_start: float = setting(0.2, (0, 0.99), "share of the steps in which the learning rate rises")
-    div_factor: float = setting(10.0, (1, 1e30), "max_lr divided by the first learning rate")
-    final_div_factor: float = setting(100.0, (1, 1e30), "first learning rate divided by the last")
-    cycle_momentum: bool = setting(False, (False, True), "move Adam's beta1 from 0.95 to 0.85 and back; else it is 0.9")
+    pct_start: float = setting(0.2, "share of the steps in which the learning rate rises", least=0, most=0.99)
+    div_factor: float = setting(10.0, "max_lr divided by the first learning rate", least=1, most=1e30)
+    final_div_factor: float = setting(100.0, "first learning rate divided by the last", least=1, most=1e30)
+    cycle_momentum: bool = setting(False, "move Adam's beta1 from 0.95 to 0.85 and back", choices=(False, True))
     # The augmentation, drawn anew for each image: a rotation, then an affine transformation, as in the source document.
-    rotation: float = setting(5.0, (0, 89), "± degrees of a first rotation")
-    affine_rotation: float = setting(5.0, (0, 89), "± degrees of rotation after the shear")
-    shear: float = setting(10.0, (0, 89), "± degrees of shear along x")
-    translate: float = setting(0.07, (0, 0.99), "± shift, as a share of the image's side")
-    scale: float = setting(0.04, (0, 0.99), "± change of size, as a share")
-    interpolation: str = setting("bicubic", ("bicubic", "bilinear", "nearest"), "how the augmentation resamples")
+    rotation: float = setting(5.0, "± degrees of a first rotation", least=0, most=89)
+    affine_rotation: float = setting(5.0, "± degrees of rotation after the shear", least=0, most=89)
+    shear: float = setting(10.0, "± degrees of shear along x", least=0, most=89)
+    translate: float = setting(0.07, "± shift, as a share of the image's side", least=0, most=0.99)
+    scale: float = setting(0.04, "± change of size, as a share", least=0, most=0.99)
+    interpolation: str = setting("bicubic", "how the augmentation samples", choices=("bicubic", "bilinear", "nearest"))
     # Choices are made on training images that are held out, not on the test images.
-    holdout: int = setting(0, (0, 59_999), "score on the last N training images, train on the others")
+    holdout: int = setting(0, "score on the last N training images, train on the others", least=0, most=59_999)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), field.metadata["allowed"]
-            if field.type in (int, float):
-                good = type(value) in (int, field.type) and allowed[0] <= value <= allowed[1]
-                wanted = f"a {'whole ' if field.type is int else ''}number from {allowed[0]} to {allowed[1]}"
+            value, kind, limits = getattr(self, field.name), type(field.default), field.metadata
+            if "choices" in limits:
+                good, wanted = value in limits["choices"], f"one of {', '.join(map(str, limits['choices']))}"
             else:
-                good, wanted = value in allowed, f"one of {', '.join(map(str, allowed))}"
+                good = isinstance(value, (int, kind)) and limits["least"] <= value <= limits["most"]
+                wanted = f"a {'whole ' if kind is int else ''}number from {limits['least']} to {limits['most']}"
             if not good:
                 raise ValueError(f"{field.name} is {value!r}; it must be {wanted}")
 
 
 # ---------------------------------------------------------------- network
-
-
 class Net(nn.Module):
     """Three convolutional blocks, 15,440 parameters: images (B, 1, 28, 28) -> log-probabilities (B, 10).
 
-    The activation comes after the max-pool where there is one, which is a quarter of the work. With Hardswish, which is
-    not monotonic, the other order would be another network.
+    Where a block has a max-pool, the activation comes after it, on a quarter of the values. As Hardswish is not
+    monotonic, the other order would be another network.
     """
 
     def __init__(self, activation: str = Recipe.activation) -> None:
@@ -148,7 +140,6 @@ class Net(nn.Module):
 
 
 # ---------------------------------------------------------------- augmentation and batches
-
 MEAN, STD = 0.1307, 0.3081  # of the training images' pixels, scaled to [0, 1]
 
 
@@ -189,9 +180,10 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
 
 
 class Loader:
-    """Batches (normalised images (B, 1, 28, 28), labels (B,)) of uint8 images. A recipe shuffles and augments."""
+    """Batches (normalised images (B, 1, 28, 28), labels (B,)) of uint8 images; with a recipe shuffled and augmented."""
 
     CHUNK = 2000  # images made ready at a time: enough to amortise the calls, few enough for the cache
+    mean, std = MEAN, STD  # for page/, which does not import this file
 
     def __init__(self, images: Tensor, labels: Tensor, batch_size: int = 1000, recipe: Recipe | None = None):
         self.images, self.labels, self.batch_size, self.recipe = images, labels, batch_size, recipe
@@ -199,30 +191,28 @@ class Loader:
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
 
+    def pixels(self, indices: Tensor) -> Tensor:
+        """The images (B, 1, 28, 28) at these indices (B,), in [0, 1]; augmented, each anew, if there is a recipe."""
+        images = self.images[indices].float() / 255
+        return augment(images, self.recipe) if self.recipe else images
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         count, device = len(self.images), self.images.device
         order = torch.randperm(count, device=device) if self.recipe else torch.arange(count, device=device)
-        whole_batches = self.batch_size * math.ceil(self.CHUNK / self.batch_size)
-        for indices in order.split(whole_batches):
-            images = self.images[indices].float() / 255
-            if self.recipe:
-                images = augment(images, self.recipe)
-            images = (images - MEAN) / STD  # after the augmentation, so that background is background
+        chunk = self.batch_size * math.ceil(self.CHUNK / self.batch_size)  # whole batches
+        for indices in order.split(chunk):
+            images = (self.pixels(indices) - MEAN) / STD  # after the augmentation, so that background is background
             yield from zip(images.split(self.batch_size), self.labels[indices].split(self.batch_size), strict=True)
 
 
 # ---------------------------------------------------------------- training and test
-
-
 class EagerBackend:
-    """A network's passes by PyTorch. backend/'s CompiledBackend has the same methods. The caller sets the mode."""
+    """A network's passes by PyTorch. backend/ has the same in C++, for this class and Net as they stand here."""
 
     kind = "eager"
 
     def __init__(self, net: Net) -> None:
-        self.net = net
-        if next(net.parameters()).device.type == "cpu":  # the order of axes that oneDNN prefers, and backend.cpp needs
-            net.to(memory_format=torch.channels_last)
+        self.net = net.to(memory_format=torch.channels_last)  # oneDNN is faster with it, and backend/ needs it
 
     def forward_backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """A batch's (mean loss, number right). The parameters' .grad holds its gradients, and nothing from before."""
@@ -236,40 +226,36 @@ class EagerBackend:
         """Log-probabilities (B, 10) of images (B, 1, 28, 28)."""
         return self.net(images)
 
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+
 
 def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int) -> tuple[torch.optim.Adam, OneCycleLR]:
     """Adam, and its schedule over total_steps steps."""
     optimizer = torch.optim.Adam(net.parameters(), recipe.max_lr, weight_decay=recipe.weight_decay, fused=True)
     cycle = {name: getattr(recipe, name) for name in ("pct_start", "div_factor", "final_div_factor", "cycle_momentum")}
-    if recipe.pct_start * total_steps == 1:  # OneCycleLR would divide by 0
-        cycle["pct_start"] = 0.0
     return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, **cycle)
 
 
 def train(backend, loader: Loader, optimizer, scheduler, epoch: int) -> tuple[float, float, float, str]:
     """One epoch: (mean loss, accuracy in percent, last learning rate, finished bar). Raises Failure if it diverges."""
     backend.net.train()
-    total_loss, total_right, seen, threads = 0.0, 0, 0, torch.get_num_threads()
-    # The bar is shown on a terminal only. The log always gets its last state, so TQDM_DISABLE is overruled.
-    screen = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    bar = tqdm(loader, file=screen, leave=False, dynamic_ncols=True, disable=False)
+    total_loss, total_right, images_seen, start = 0.0, 0, 0, time.perf_counter()
+    bar = tqdm(loader, leave=False, dynamic_ncols=True, disable=None)  # on a terminal only
     for index, (images, labels) in enumerate(bar):
         learning_rate = scheduler.get_last_lr()[0]
         loss, right = backend.forward_backward(images, labels)
         if not math.isfinite(loss):
-            where = f"epoch {epoch}, step {index + 1} of {len(loader)}, learning rate {learning_rate:.3g}"
-            raise Failure(f"the loss is not finite: {where}; begin anew with a lower --max-lr")
-        torch.set_num_threads(1)  # PyTorch's other threads, after their work, spin on cores that backend.cpp needs
-        optimizer.step()
-        torch.set_num_threads(threads)
+            raise Failure(f"the loss is not finite: epoch {epoch}, step {index + 1}; begin anew with a lower --max-lr")
+        backend.step(optimizer)
         scheduler.step()
-
         total_loss += loss * len(labels)
         total_right += right
-        seen += len(labels)
-        bar.set_description_str(f"loss={total_loss / seen:.4f} batch_id={index}", refresh=False)
-    line = bar.format_meter(**(bar.format_dict | {"ncols": 100, "ascii": False}))
-    return total_loss / seen, 100 * total_right / seen, learning_rate, line
+        images_seen += len(labels)
+        text = f"loss={total_loss / images_seen:.4f} batch_id={index}"
+        bar.set_description_str(text, refresh=False)
+    line = tqdm.format_meter(len(loader), len(loader), time.perf_counter() - start, ncols=100, ascii=False, prefix=text)
+    return total_loss / images_seen, 100 * total_right / images_seen, learning_rate, line
 
 
 class Score(NamedTuple):
@@ -277,7 +263,7 @@ class Score(NamedTuple):
 
     loss: float  # mean over the images
     predicted: Tensor  # (N,) int64, on the CPU, in the loader's order
-    confusion: Tensor  # (10, 10) int64: how often each true digit (row) was read as each digit (column)
+    confusion: Tensor  # (10, 10) int64: how often each true digit (row) was classified as each (column)
 
     @property
     def accuracy(self) -> float:  # in percent
@@ -300,40 +286,25 @@ def test(backend, loader: Loader) -> Score:
 
 
 def make_backend(eager: EagerBackend, recipe: Recipe, kind: str | None = None):
-    """The eager or the compiled backend, whichever is faster on this machine, and the log's line on it.
-
-    kind: "eager" or "compiled", as a run that is resumed began: its bits must not depend on the noise of a timing.
-    """
-    backend = eager
-    if not recipe.compile:
-        reason = "--no-compile"
-    elif kind == "eager":
-        reason = "as the run began"
-    else:
-        try:
-            from backend import compiled_backend
-
-            backend, reason = compiled_backend(eager, recipe.batch_size, timed=kind is None)
-            reason = reason or "as the run began"
-        except Exception as error:  # whatever the C++ backend or its compiler lacks, PyTorch does without it
-            reason = str(error)
-    return backend, f"backend: {backend.kind}, float32, threads: {torch.get_num_threads()} ({reason})"
+    """The backend to train with, the faster one or that of a resumed run's kind, and the reason in words."""
+    if not recipe.cpp:
+        return eager, "--no-cpp"
+    try:
+        from backend import choose_backend
+    except ImportError as error:
+        return eager, str(error)
+    return choose_backend(eager, recipe.batch_size, kind)
 
 
 # ---------------------------------------------------------------- files and data
-
-
 def save(path: Path, content: object) -> None:
-    """Write a file whole or not at all, or raise Failure: text and bytes as they are, anything else by torch.save."""
-    if isinstance(content, str):
-        content = content.encode(errors="replace")  # a path may have bytes that are not UTF-8
+    """Write a file whole or not at all, or raise Failure: bytes as they are, anything else by torch.save."""
     if not isinstance(content, bytes):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getvalue()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # no other writer has this one
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -342,8 +313,7 @@ def save(path: Path, content: object) -> None:
     except OSError as error:
         raise Failure(f"cannot write {path}: {error.strerror}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict:
@@ -360,7 +330,8 @@ def load(path: Path) -> dict:
 
 
 def load_net(weights: Path) -> Net:
-    """The network with the weights of a model.pt, on the CPU, in evaluation mode. Raises Failure."""
+    """The network with the weights of a model.pt or a run's folder, on the CPU, in evaluation mode. Raises Failure."""
+    weights = weights / "model.pt" if weights.is_dir() else weights
     net, state = Net().eval(), load(weights)
     try:
         net.load_state_dict(state)
@@ -374,22 +345,25 @@ def read_archive(archive: Path, md5: str) -> bytes:
     from torchvision.datasets import MNIST
     from torchvision.datasets.utils import check_integrity, download_url
 
-    if check_integrity(archive, md5):
-        return gzip.decompress(archive.read_bytes())
-    with tempfile.TemporaryDirectory() as folder:
+    if not check_integrity(archive, md5):
+        with contextlib.suppress(OSError, EOFError, zlib.error):  # none of these: it is not damaged, it is other data
+            gzip.decompress(archive.read_bytes())
+            raise Failure(f"{archive} is not MNIST's, by its checksum; other data cannot be used under MNIST's names")
+        temporary = archive.with_name(f".{archive.name}.tmp")
         for mirror in MNIST.mirrors:
             try:
-                download_url(mirror + archive.name, folder, md5=md5)
+                download_url(mirror + archive.name, archive.parent, temporary.name, md5)
                 break
             except Exception as error:  # whatever is wrong with this mirror, the next may be good
                 print(f"no good copy at {mirror}: {error}")
         else:
+            temporary.unlink(missing_ok=True)
             raise Failure(f"{archive} is missing or damaged, and no mirror has it; put a good copy there (md5 {md5})")
-        content = Path(folder, archive.name).read_bytes()
-    if archive.exists():  # whatever it is, somebody may want it
-        archive.rename(archive.with_name(f"{archive.name}.{uuid.uuid4().hex}.bad"))
-    save(archive, content)
-    return gzip.decompress(content)
+        if archive.exists():  # whatever it is, somebody may want it
+            aside = archive.rename(archive.with_name(f"{archive.name}.{uuid.uuid4().hex}.bad"))
+            print(f"{archive} was damaged and is replaced; the old file is now {aside.name}")
+        os.replace(temporary, archive)
+    return gzip.decompress(archive.read_bytes())
 
 
 def load_mnist(data_dir: Path, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -404,7 +378,7 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> tuple[Tenso
 
 
 def make_loaders(recipe: Recipe, data_dir: Path, device: torch.device) -> tuple[Loader, Loader]:
-    """The loaders to train on and to score on: of the test images, or of held-out ones where the recipe has any."""
+    """A loader for training, and one for scoring: the test images, or the held-out ones if recipe.holdout > 0."""
     images, labels = load_mnist(data_dir, True, device)
     count = len(images) - recipe.holdout
     scored = (images[count:], labels[count:]) if recipe.holdout else load_mnist(data_dir, False, device)
@@ -412,8 +386,7 @@ def make_loaders(recipe: Recipe, data_dir: Path, device: torch.device) -> tuple[
 
 
 # ---------------------------------------------------------------- a run: its folder, its files, its epochs
-
-# An epoch's numbers; test_ is of the held-out images where there are any, and the learning rate the last step's.
+# An epoch's numbers. test_: from the held-out images if there are any. learning_rate: the last step's.
 HISTORY = "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "seconds"
 
 
@@ -433,155 +406,145 @@ class Run:
         self.backend_kind: str | None = None  # make_backend() chooses it when the run begins
         seed_torch(recipe.seed, 0)
         self.net = Net(recipe.activation).to(device)
-        self.eager = EagerBackend(self.net)  # before the optimizer, as it chooses the order of the parameters' axes
+        self.eager = EagerBackend(self.net)  # it changes the parameters' memory format: before the optimizer has them
         self.optimizer, self.scheduler = make_optimizer(self.net, recipe, total_steps)
+        self.parts = {"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
 
     def say(self, line: str) -> None:
         """Print a line, and keep it for train.log."""
         print(line)
         self.log.append(line)
 
-    def save(self) -> None:
-        """Write checkpoint.pt, history.csv and train.log, each whole. Raises Failure."""
-        parts = {"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        checkpoint = {name: part.state_dict() for name, part in parts.items()}
+    def save_checkpoint(self) -> None:
+        """Write checkpoint.pt and the tables. A checkpoint that cannot be written raises Failure; a table does not."""
+        checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint |= {"history": self.history, "log": self.log, "backend_kind": self.backend_kind}
-        save(self.folder / "checkpoint.pt", checkpoint | {"recipe": asdict(self.recipe)})
-        rows = [HISTORY, *(row.values() for row in self.history)]
-        save(self.folder / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
-        save(self.folder / "train.log", "".join(line + "\n" for line in self.log))
+        save(self.folder / "checkpoint.pt", checkpoint | {"recipe": dataclasses.asdict(self.recipe)})
+        self.save_tables()
+
+    def save_tables(self) -> None:
+        """Write history.csv and train.log. One that is open in another program is written the next time."""
+        rows = [",".join(map(str, row)) for row in (HISTORY, *(row.values() for row in self.history))]
+        for name, lines in (("history.csv", rows), ("train.log", self.log)):
+            try:  # a path in the log may have bytes that are not UTF-8
+                save(self.folder / name, "".join(line + "\n" for line in lines).encode(errors="replace"))
+            except Failure as failure:
+                if f"{failure}; the run goes on" not in self.log:
+                    self.say(f"{failure}; the run goes on")
 
 
 def load_run(folder: Path, device: torch.device) -> Run:
     """The run in a folder as its checkpoint has it. Raises Failure."""
-    checkpoint = load(folder / "checkpoint.pt")
+    file = folder / "checkpoint.pt"
+    if folder.is_dir() and not file.exists():
+        raise Failure(f"{folder} has no finished epoch, so there is nothing to resume")
+    checkpoint = load(file)
     try:
-        run = Run(folder, Recipe(**checkpoint["recipe"]), 1, device)  # the scheduler's state holds the number of steps
-        run.net.load_state_dict(checkpoint["net"])
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        run.scheduler.load_state_dict(checkpoint["scheduler"])
-        for parameter, state in run.optimizer.state.items():  # the order of axes may be that of another device
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(parameter).copy_(state[name])
+        recipe = Recipe(**checkpoint["recipe"])
+        if dataclasses.asdict(recipe) != checkpoint["recipe"]:
+            raise ValueError("a field is missing")
+        run = Run(folder, recipe, checkpoint["scheduler"]["total_steps"], device)
+        for name, part in run.parts.items():
+            part.load_state_dict(checkpoint[name])
         run.history, run.log, run.backend_kind = (checkpoint[name] for name in ("history", "log", "backend_kind"))
     except Exception as error:  # whatever does not fit
-        raise Failure(f"{folder / 'checkpoint.pt'} was not made by this script.py") from error
+        raise Failure(f"{file} is not from this version of script.py") from error
     return run
-
-
-def start_log(run: Run) -> None:
-    """Write recipe.json, and print the network's table, the machine and the seed."""
-    content = asdict(run.recipe) | {"torch": torch.__version__, "device": run.device.type}
-    save(run.folder / "recipe.json", json.dumps(content, indent=2) + "\n")
-    with contextlib.redirect_stdout(io.StringIO()) as table:
-        torchsummary.summary(Net(), (1, 28, 28), device="cpu")  # it would assume CUDA
-    run.say(table.getvalue().rstrip())
-    run.say(f"device: {run.device.type}; torch {torch.__version__}\nseed: {run.recipe.seed}")
 
 
 def fit(run: Run, train_loader: Loader, test_loader: Loader) -> None:
     """Train a run from where it stands to its last epoch. Its files are whole after each. Raises Failure."""
-    recipe = run.recipe
     if run.history:
         run.say(f"resumed after epoch {len(run.history)}")
     else:
-        start_log(run)
-    backend, line = make_backend(run.eager, recipe, run.backend_kind)
+        content = dataclasses.asdict(run.recipe) | {"torch": torch.__version__, "device": run.device.type}
+        save(run.folder / "recipe.json", (json.dumps(content, indent=2) + "\n").encode())
+        with contextlib.redirect_stdout(io.StringIO()) as table:
+            torchsummary.summary(Net(), (1, 28, 28), device="cpu")  # it would assume CUDA
+        run.say(table.getvalue().rstrip())
+        run.say(f"device: {run.device.type}; torch {torch.__version__}\nseed: {run.recipe.seed}")
+    backend, reason = make_backend(run.eager, run.recipe, run.backend_kind)
     run.backend_kind = backend.kind
-    run.say(line)
+    run.say(f"backend: {backend.kind}, float32, threads: {torch.get_num_threads()} ({reason})")
 
-    for epoch in range(len(run.history) + 1, recipe.epochs + 1):
+    for epoch in range(len(run.history) + 1, run.recipe.epochs + 1):
         start = time.perf_counter()
-        seed_torch(recipe.seed, epoch)
+        seed_torch(run.recipe.seed, epoch)
         loss, accuracy, learning_rate, bar = train(backend, train_loader, run.optimizer, run.scheduler, epoch)
         score = test(backend, test_loader)
         if not math.isfinite(score.loss):
             raise Failure(f"the network's output is not finite after epoch {epoch}; begin anew with a lower --max-lr")
-        seconds = round(time.perf_counter() - start, 2)
-        row = epoch, loss, accuracy, score.loss, score.accuracy, learning_rate, seconds
+        row = epoch, loss, accuracy, score.loss, score.accuracy, learning_rate, round(time.perf_counter() - start, 2)
         run.history.append(dict(zip(HISTORY, row, strict=True)))
-        run.log.append(f"{bar}\n\n{'Held-out' if recipe.holdout else 'Test'} set: {score}\n")
-        run.save()
-        print(run.log[-1])  # now that it is kept
+        run.say(f"{bar}\n\n{'Held-out' if run.recipe.holdout else 'Test'} set: {score}\n")
+        run.save_checkpoint()
 
+    # Scored again: a run that is resumed only for its pictures has no score from above.
     finish(run, test(backend, test_loader), train_loader, test_loader)
 
 
 def finish(run: Run, score: Score, train_loader: Loader, test_loader: Loader) -> None:
-    """Print the final accuracy, draw the pictures, and write model.pt, which says that the run is finished."""
+    """Draw the pictures and the page, print the final accuracy, and write model.pt: then the run is finished."""
+    net = Net()  # on the CPU, in the usual memory format
+    net.load_state_dict(run.net.state_dict())
+    for module in "pictures", "page":
+        try:
+            files = importlib.import_module(module).draw(run.history, net, score, train_loader, test_loader)
+        except Exception as error:  # the module is not beside this file, or fails: the result counts more
+            run.say(f"no {module}: {error}")
+            continue
+        for name, content in files.items():
+            save(run.folder / name, content)
+            if name.endswith(".html"):
+                run.say(f"draw a digit of your own: open {run.folder / name} in a browser")
     minutes, seconds = divmod(round(sum(row["seconds"] for row in run.history)), 60)
     took = f"{run.recipe.epochs} epochs in {minutes} min {seconds} s"
-    kind = "held-out accuracy" if run.recipe.holdout else "accuracy"
-    run.log.append(f"Final {kind}: {score.accuracy:.2f}% after {took}; see {run.folder}")
-    run.save()
-    print(run.log[-1])
-    try:
-        from pictures import draw
-
-        for name, picture in draw(run.history, score, train_loader, test_loader, augment).items():
-            save(run.folder / name, picture)
-    except Exception as error:  # no pictures.py beside this file, or matplotlib fails: the result counts more
-        print(f"no pictures: {error}")
-    weights = run.net.to("cpu", memory_format=torch.contiguous_format)  # the usual order of axes
-    save(run.folder / "model.pt", weights.state_dict())
+    measure = "held-out accuracy" if run.recipe.holdout else "accuracy"
+    run.say(f"Final {measure}: {score.accuracy:.2f}% after {took}; see {run.folder}")
+    run.save_tables()
+    save(run.folder / "model.pt", net.state_dict())
 
 
 def evaluate(weights: Path, data_dir: Path, device: torch.device) -> None:
     """Print the test line, each digit's accuracy and the confusion matrix."""
     net = load_net(weights).to(device)
     score = test(EagerBackend(net), Loader(*load_mnist(data_dir, False, device)))
-    print(f"Test set: {score}\n\ndigit  accuracy  read as" + "".join(f"{digit:>6}" for digit in range(10)))
+    print(f"Test set: {score}\n\ndigit  accuracy  classified as" + "".join(f"{digit:>6}" for digit in range(10)))
     for digit, row in enumerate(score.confusion.tolist()):
         print(f"{digit:>5}  {100 * row[digit] / sum(row):7.2f}%         " + "".join(f"{count:>6}" for count in row))
 
 
 # ---------------------------------------------------------------- command line
-
-RECIPES = {
-    "ours": Recipe(),
-    # The source document's own values; where it names none, the usual ones: ReLU, OneCycleLR's and torchvision's.
-    "source": Recipe(
-        max_lr=0.01,
-        weight_decay=1e-4,
-        activation="relu",
-        cycle_momentum=True,
-        shear=5.0,
-        translate=0,
-        scale=0,
-        interpolation="nearest",
-    ),
-}
+# The source document's own values; where it names none, the usual ones: ReLU, OneCycleLR's and torchvision's.
+SOURCE_TRAINING = {"max_lr": 0.01, "weight_decay": 1e-4, "activation": "relu", "cycle_momentum": True}
+SOURCE_AUGMENTATION = {"shear": 5.0, "translate": 0.0, "scale": 0.0, "interpolation": "nearest"}
+RECIPES = {"ours": Recipe(), "source": Recipe(**SOURCE_TRAINING, **SOURCE_AUGMENTATION)}
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
-    """The arguments, and the recipe that they make; exits with 2 on bad usage."""
+def parse_arguments(argv: list[str] | None, program: str = "script.py") -> tuple[argparse.Namespace, Recipe]:
+    """The arguments, and the recipe that they make; exits with 2 on bad usage, in one line that names the program."""
     able = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
-    devices = [device for device in able if able[device]]  # mps last: on so small a network a processor is faster
-    style = {
-        "usage": argparse.SUPPRESS,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }  # a mistake is one line
-    parser = argparse.ArgumentParser("script.py", description=__doc__, **style)
+    devices = [device for device in able if able[device]]  # the first is the default; on so small a network mps is slow
+    parser = argparse.ArgumentParser(program, usage=argparse.SUPPRESS, description=__doc__)  # an error is one line
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of __doc__
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", type=Path, metavar="RUN", help="go on with the interrupted run in this folder")
-    text = "score weights on the 10,000 test images (default: the reference run's)"
+    text = "score weights on the test images (default: the reference run's)"
     mode.add_argument("--evaluate", type=Path, nargs="?", const=REFERENCE, metavar="WEIGHTS", help=text)
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"default here: {devices[0]}")
-    parser.add_argument("--data-dir", type=Path, default=HERE / "data", help="default: data/ beside script.py")
+    text = "the folder with MNIST's files (default: data/ beside script.py)"
+    parser.add_argument("--data-dir", type=Path, default=HERE / "data", help=text)
     new = parser.add_argument_group("a new run")
     new.add_argument("--out-dir", type=Path, help="where its folder is made (default: runs/)")
     new.add_argument("--recipe", choices=RECIPES, help="the values to start from (default: ours)")
     for field in dataclasses.fields(Recipe):
         flag, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['meaning']} (default: {field.default})"
-        if field.type is bool:
+        if isinstance(field.default, bool):
             new.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif field.type is str:
-            new.add_argument(flag, choices=field.metadata["allowed"], help=text)
         else:
-            new.add_argument(flag, type=field.type, metavar="N", help=text)
+            new.add_argument(flag, type=type(field.default), choices=field.metadata.get("choices"), help=text)
     args = parser.parse_args(argv)
-
-    given = {name: value for name, value in vars(args).items() if value is not None and hasattr(Recipe, name)}
+    given = {name: value for name, value in vars(args).items() if name in vars(Recipe()) and value is not None}
     if (args.resume or args.evaluate) and (given or args.recipe or args.out_dir):
         parser.error("with --resume or --evaluate, only --device and --data-dir can be given")
     try:
@@ -597,25 +560,29 @@ def run_script(args: argparse.Namespace, recipe: Recipe) -> int:
         evaluate(args.evaluate, args.data_dir, device)
         return 0
     if args.resume:
-        run = load_run(args.resume, device)
-        if (run.folder / "model.pt").exists():
-            print(f"{run.folder} is finished: {run.recipe.epochs} epochs; nothing to do")
+        folder = args.resume.parent if args.resume.is_file() else args.resume
+        if (folder / "model.pt").exists():
+            print(f"{folder} is finished; nothing to do")
             return 0
+        run = load_run(folder, device)
         loaders = make_loaders(run.recipe, args.data_dir, device)
     else:
         loaders = make_loaders(recipe, args.data_dir, device)
-        folder = (args.out_dir or Path("runs")) / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{recipe.seed}"
-        folder.mkdir(parents=True)  # or an error: two runs never share one
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{recipe.seed}"
+        for ending in "", *(f"-{number}" for number in range(2, 1000)):  # of runs that begin in the same second
+            folder = (args.out_dir or Path("runs")) / (name + ending)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                break
         run = Run(folder, recipe, recipe.epochs * len(loaders[0]), device)
     try:
         fit(run, *loaders)
-    except KeyboardInterrupt:
-        if not (run.folder / "checkpoint.pt").exists():
+    except KeyboardInterrupt as interrupt:
+        if not (run.folder / "checkpoint.pt").exists():  # nothing to go on with
             raise
         flags = "--resume", str(run.folder), "--device", args.device, "--data-dir", str(args.data_dir)
-        again = shlex.join([sys.executable, str(HERE / "script.py"), *flags])
-        print(f"script.py: interrupted; go on with: {again}", file=sys.stderr)
-        return 130
+        command = shlex.join([sys.executable, str(HERE / "script.py"), *flags])
+        raise KeyboardInterrupt(f"go on with: {command}") from interrupt
     return 0
 
 
@@ -623,15 +590,14 @@ def run_command(program: str, work: Callable[[], int]) -> int:
     """The exit status of work(). A mistake, a fault or Ctrl-C is one line on standard error: status 1, or 130."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a console that cannot print the bar's blocks gets ?
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    # Weight decay shrinks a dead filter's weights to 1e-40, and with such numbers a step takes ten times as long.
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # or a dead filter's weights, decayed to 1e-40, make a step ten times as slow
     try:
         return work()
     except (Failure, OSError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # with a hint, perhaps
+        print("; ".join([f"{program}: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
 
 

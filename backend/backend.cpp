@@ -287,10 +287,11 @@ static void read(const float* pixels, int image, int batch, Block& b) {
 
 // From z6 to the log-probabilities.
 static void head_forward(Block& b, const Norm<40>& norm6, const Parameters& p) {
+    const float area = b.z6.area;
     for (int c = 0; c < 40; c++) {
         Vector total = {};
         for_pixels(b.z6, [&](int h, int w) { total += activation(norm6(c, b.z6(c, h, w))); });
-        b.average[c] = total / 49.0f;
+        b.average[c] = total / area;
     }
     for (int k = 0; k < 10; k++) {
         b.output[k] = Vector{} + p.bias7[k];
@@ -306,6 +307,7 @@ static void head_forward(Block& b, const Norm<40>& norm6, const Parameters& p) {
 
 // The loss, and back: the average is overwritten by the gradient of each value that was averaged. labels: the block's.
 static void head_backward(Block& b, const Parameters& p, const int64_t* labels, int batch) {
+    const float area = b.z6.area;
     b.result.loss = b.result.right = 0;
     for (int lane = 0; lane < LANES; lane++) {
         int read = 0;
@@ -322,7 +324,7 @@ static void head_backward(Block& b, const Parameters& p, const int64_t* labels, 
     }
     for (int c = 0; c < 40; c++) {
         b.average[c] = Vector{};
-        for (int k = 0; k < 10; k++) b.average[c] += b.output[k] * p.conv7[k * 40 + c] / 49.0f;
+        for (int k = 0; k < 10; k++) b.average[c] += b.output[k] * p.conv7[k * 40 + c] / area;
     }
 }
 
@@ -453,7 +455,7 @@ extern "C" void run_batch(Block* blocks, const Parameters& p, const Statistics* 
         for (int i = 0; i < batch; i++)
             for (int k = 0; k < 10; k++) output[i * 10 + k] = blocks[i / LANES].output[k][i % LANES];
     else
-        for (int k = 0; k < 15442; k++) {
+        for (size_t k = 0; k < sizeof(Result) / sizeof(float); k++) {
             output[k] = 0;
             for (int i = 0; i < count; i++) output[k] += reinterpret_cast<float*>(&blocks[i].result)[k];
         }
