@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 study.py --seeds 1-20                  two at a time
     python study.py --seeds 1-10 --recipe source                       script.py's training flags pass through
 
-Each seed has a run folder of its own in the study's folder. Run again, the same command takes the finished seeds
-from there and goes on with the others, from their last epoch.
+Each seed has a run folder of its own in the study's folder, and the table there holds all finished seeds. Run again,
+the same command goes on: with each unfinished seed from its last epoch. Several machines must share the folder.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
@@ -29,6 +28,7 @@ import script
 from pictures import png
 
 History = list[dict]  # a run's rows of history.csv, one an epoch
+COLUMNS = "seed,accuracy,errors,loss,seconds\n"  # of study.csv
 
 
 def seed_list(text: str) -> list[int]:
@@ -50,44 +50,39 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=seed_list, required=True, metavar="LIST", help="as 1-20 or 1,2,5-8")
     parser.add_argument("--out-dir", type=Path, help="the study's folder (default: runs/study-<the other flags>)")
     args, args.flags = parser.parse_known_args(argv)
-    theirs, args.recipe = script.parse_arguments(args.flags)
+    theirs, args.recipe = script.parse_arguments(args.flags, "study.py")
     if theirs.seed is not None or theirs.resume or theirs.evaluate or theirs.out_dir:
-        parser.error("of script.py's flags, only those that make a recipe, --device and --data-dir have a meaning here")
+        parser.error("of script.py's flags, only those that make a recipe, --device and --data-dir can be given here")
     args.resume_flags = ["--device", theirs.device, f"--data-dir={theirs.data_dir}"]
     args.out_dir = args.out_dir or Path("runs", "-".join(["study", *(re.sub(r"[^\w.]", "", f) for f in args.flags)]))
     return args
 
 
-def read_history(checkpoint: Path, recipe: script.Recipe) -> History:
-    """What a run has done, from its checkpoint. Raises Failure where that is damaged or of another recipe."""
-    run, wanted = checkpoint.parent, asdict(recipe).items()
-    try:
-        content = script.load(checkpoint)
-        history, theirs = content["history"], content["recipe"]
-        other = [f"{name} is {theirs[name]} there, {ours} here" for name, ours in wanted if theirs[name] != ours]
-    except (script.Failure, TypeError, KeyError) as error:
-        raise script.Failure(f"{checkpoint} is damaged or not script.py's; move {run} away to train anew") from error
-    if other:
-        raise script.Failure(f"{run} is a run of another recipe: {other[0]}; move it away or choose another --out-dir")
-    return history
-
-
-def survey(folder: Path, seeds: list[int], recipe: script.Recipe) -> tuple[dict[int, History], dict[int, Path]]:
-    """The history of each finished seed in the folder, and the run of each that can be resumed. Raises Failure."""
+def survey(folder: Path, recipe: script.Recipe) -> tuple[dict[int, History], dict[int, Path]]:
+    """Each finished seed's history in the folder, and each other seed's run. Raises Failure for another recipe."""
     finished, begun = {}, {}
-    for seed in seeds:
-        for checkpoint in sorted(folder.glob(f"*-seed{seed}/checkpoint.pt")):
-            history = read_history(checkpoint, replace(recipe, seed=seed))
-            if checkpoint.with_name("model.pt").exists():
-                finished[seed] = history
-            else:
-                begun[seed] = checkpoint.parent
+    for checkpoint in sorted(folder.glob("*-seed*/checkpoint.pt")):
+        run = checkpoint.parent
+        try:
+            content = script.load(checkpoint)
+            history, theirs, seed = content["history"], content["recipe"], content["recipe"]["seed"]
+            ours = asdict(replace(recipe, seed=seed))
+            other = [name for name in ours if ours[name] != theirs[name]]
+        except (script.Failure, TypeError, KeyError, ValueError) as error:
+            raise script.Failure(f"{checkpoint} is damaged or from another version; move {run} away") from error
+        if other:
+            difference = f"{other[0]} is {theirs[other[0]]} there, {ours[other[0]]} here"
+            raise script.Failure(f"{run} has another recipe: {difference}; move it away or choose another --out-dir")
+        if (run / "model.pt").exists():
+            finished[seed] = history
+        else:
+            begun[seed] = run
     return finished, begun
 
 
 def table(results: dict[int, History], recipe: script.Recipe) -> str:
     """What each seed's last epoch reached, as study.csv has it."""
-    images, text = recipe.holdout or 10_000, "seed,accuracy,errors,loss,seconds\n"
+    images, text = recipe.holdout or 10_000, COLUMNS
     for seed, history in sorted(results.items()):
         accuracy, loss = history[-1]["test_accuracy"], history[-1]["test_loss"]
         errors, seconds = images * (1 - accuracy / 100), sum(row["seconds"] for row in history)
@@ -104,12 +99,6 @@ def summary(accuracies: list[float]) -> str:
         half = scipy.stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n)
         text += f"; standard deviation {deviation:.3f}; 95% interval of the mean {mean - half:.3f} to {mean + half:.3f}"
     return text + f"; minimum {min(accuracies):.2f}%; maximum {max(accuracies):.2f}%"
-
-
-def print_table(results: dict[int, History], recipe: script.Recipe) -> None:
-    """Print the table in columns, and the summary."""
-    print("\n" + table(results, recipe).replace(",", "\t").expandtabs(10))
-    print(summary([history[-1]["test_accuracy"] for history in results.values()]))
 
 
 def picture(results: dict[int, History], recipe: script.Recipe) -> bytes:
@@ -138,94 +127,68 @@ def picture(results: dict[int, History], recipe: script.Recipe) -> bytes:
     return png(figure)
 
 
-def start_rank() -> int:
-    """Make this process one of torchrun's, with its share of the cores and a GPU; return its rank, 0 if it is alone."""
-    if not dist.is_torchelastic_launched():
-        return 0
-    # The ranks exchange a few rows, which gloo does on any machine; the first waits for the last.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return dist.get_rank()
-
-
-def survey_all(args: argparse.Namespace) -> tuple[dict[int, History], list[dict[int, Path]]]:
-    """survey() on every rank's disk: all finished seeds, and the begun ones by rank. Raises Failure."""
-    found = [survey(args.out_dir, args.seeds, args.recipe)]
-    if dist.is_initialized():
-        found *= dist.get_world_size()
+def update_table(folder: Path, recipe: script.Recipe) -> tuple[dict[int, History], dict[int, Path]]:
+    """Write study.csv and study.png for all finished seeds in the folder, and return what survey() does."""
+    with FileLock(folder / ".table.lock"):  # so that the last process to finish writes the whole table
+        results, begun = survey(folder, recipe)
         try:
-            dist.all_gather_object(found, found[0])
-        except RuntimeError as error:  # gloo's
-            raise script.Failure("another rank has ended; its own message says why") from error
-    finished = {seed: history for histories, _ in found for seed, history in histories.items()}
-    return finished, [begun for _, begun in found]
+            if results:
+                script.save(folder / "study.csv", table(results, recipe).encode())
+                script.save(folder / "study.png", picture(results, recipe))
+        except script.Failure as failure:
+            print(f"study.py: {failure}; the study goes on", file=sys.stderr)
+    return results, begun
 
 
-def shares(seeds: list[int], begun: list[dict[int, Path]]) -> list[list[int]]:
-    """The seeds for each rank, evenly; a begun one goes to a rank that has its run: machines need not share a disk."""
-    parts = [[] for _ in begun]
-    for seed in sorted(seeds, key=lambda seed: not any(seed in runs for runs in begun)):  # the begun ones first
-        able = [part for part, runs in zip(parts, begun, strict=True) if seed in runs]
-        min(able or parts, key=len).append(seed)
-    return parts
-
-
-def train_seed(args: argparse.Namespace, seed: int, run: Path | None) -> bool:
-    """Train the seed, from the last epoch of its run where there is one; whether it was finished."""
+def train_seed(args: argparse.Namespace, seed: int, run: Path | None, bar: bool) -> None:
+    """Train the seed, from the last epoch of its run if there is one; its train.log has what it would print."""
     anew = [*args.flags, "--seed", str(seed), f"--out-dir={args.out_dir}"]
-    with contextlib.redirect_stdout(io.StringIO()):  # what it prints is in its train.log
-        status = script.main([f"--resume={run}", *args.resume_flags] if run else anew)
-    if status == 130:
-        raise KeyboardInterrupt
-    return status == 0
+    flags = [f"--resume={run}", *args.resume_flags] if run else anew
+    quiet = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(sys.stderr if bar else quiet):
+            script.run_script(*script.parse_arguments(flags))
+    except (script.Failure, OSError) as error:
+        print(f"study.py: error: seed {seed}: {error}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("the same command goes on") from interrupt
 
 
-def study(args: argparse.Namespace, rank: int) -> None:
-    """Train what is not finished yet, this rank's share of it, and report on all. Raises Failure where seeds failed."""
-    results, begun = survey_all(args)
-    if rank == 0:
-        print(f"{args.out_dir}: {len(results)} of {len(args.seeds)} done; after Ctrl-C the same command goes on")
-    parts = shares([seed for seed in args.seeds if seed not in results], begun)
-    for count, seed in enumerate(parts[rank], start=1):
-        if not train_seed(args, seed, begun[rank].get(seed)):
-            continue  # script.py printed why
-        results |= survey(args.out_dir, args.seeds, args.recipe)[0]  # with what other ranks finished on this disk
-        running = min(len(parts), len(args.seeds) - len(results))
-        seconds = np.median([sum(row["seconds"] for row in history) for history in results.values()])
-        left = seconds * (max(map(len, parts)) - count)  # the other ranks are about as far
-        progress = f"{len(results)} of {len(args.seeds)} done, {running} running, {timedelta(seconds=round(left))} left"
-        print(f"seed {seed}: {results[seed][-1]['test_accuracy']:.2f}%; {progress}")
-        if rank == 0:
-            script.save(args.out_dir / "study.csv", table(results, args.recipe))
-        if sys.stdout.isatty() and running:  # after the last seed it is printed below
-            print_table(results, args.recipe)
-
-    results, _ = survey_all(args)
-    if rank == 0 and results:
-        script.save(args.out_dir / "study.csv", table(results, args.recipe))
-        script.save(args.out_dir / "study.png", picture(results, args.recipe))
-        print_table(results, args.recipe)
-    missing = [str(seed) for seed in args.seeds if seed not in results]
-    if rank == 0 and missing:
-        raise script.Failure(f"not finished: seeds {', '.join(missing)}")
+def study(args: argparse.Namespace, rank: int, ranks: int) -> None:
+    """Train this rank's share; the rank that ends last prints the table. Raises Failure if seeds failed."""
+    results, begun = update_table(args.out_dir, args.recipe)
+    mine = [seed for seed in args.seeds[rank::ranks] if seed not in results]
+    for count, seed in enumerate(mine, start=1):
+        train_seed(args, seed, begun.get(seed), bar=ranks == 1)  # the bars of several ranks would overwrite each other
+        results, _ = update_table(args.out_dir, args.recipe)
+        if seed in results:
+            done, accuracy = len(set(args.seeds) & set(results)), results[seed][-1]["test_accuracy"]
+            seconds = np.median([sum(row["seconds"] for row in history) for history in results.values()])
+            left = timedelta(seconds=round(seconds * (len(mine) - count)))
+            print(f"seed {seed}: {accuracy:.2f}%; {done} of {len(args.seeds)} done, {left} left")
+    failed = [str(seed) for seed in mine if seed not in results]
+    if failed:
+        raise script.Failure(f"not finished: seeds {', '.join(failed)}")
+    if set(args.seeds) <= set(results):
+        print("\n" + table(results, args.recipe).replace(",", "\t").expandtabs(10))
+        print(summary([history[-1]["test_accuracy"] for history in results.values()]))
 
 
 def work(args: argparse.Namespace) -> int:
-    """The study, alone in its folder: rank 0 holds the lock, which the system drops when a process is killed."""
-    rank = start_rank()
+    """The study, or torchrun's rank of it, alone in its folder."""
+    rank, ranks, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    file = args.out_dir / "study.csv"
+    if file.is_file() and not file.read_bytes().startswith(COLUMNS.encode()):
+        raise script.Failure(f"{file} is not as a study wrote it; move it away or choose another --out-dir")
     try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(args.out_dir / ".lock", blocking=False) if rank == 0 else contextlib.nullcontext():
-            study(args, rank)
-        return 0
+        with FileLock(args.out_dir / f".rank{rank}.lock", blocking=False):  # dropped when this process is killed
+            study(args, rank, max(1, ranks))
     except Timeout as error:
         raise script.Failure(f"another study is at work in {args.out_dir}; choose another --out-dir") from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,8 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main()
-    if dist.is_torchelastic_launched():  # gloo's threads sometimes abort a Python that is on its way out
-        print(end="", flush=True)
-        os._exit(exit_status)
-    sys.exit(exit_status)
+    sys.exit(main())
