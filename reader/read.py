@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ from reader.segment import (
     bounds,
     connected,
     find_ink,
-    find_lines,
     find_marks,
     flatten,
     stroke_width,
@@ -162,6 +162,7 @@ class Reading:
     unread: list[Mark] = dataclasses.field(default_factory=list)  # too large or too small for a digit
     ignored: list[Mark] = dataclasses.field(default_factory=list)  # lines, the paper's edges
     problem: str = ""
+    sheet: np.ndarray | None = None  # the picture over its paper, (H, W, 3) in [0, 255]
     scale: float = 1  # the picture's pixels to one of the marks', which are found in a smaller copy
 
     def box(self, mark: Mark) -> Box:
@@ -178,19 +179,19 @@ class Reading:
         return self.unread + self.ignored
 
     @property
-    def explained(self) -> float:
-        """The share of the ink that is read, by the digits' scores."""
-        marks = [digit.mark for digit in self.digits] + self.unread
-        ink_read = sum(digit.score * digit.mark.mask.sum() for digit in self.digits)
-        return ink_read / max(1, sum(mark.mask.sum() for mark in marks))
+    def area(self) -> int:
+        """The pixels of ink that is read or might have been."""
+        return sum(mark.area for mark in [digit.mark for digit in self.digits] + self.unread)
+
+    @property
+    def certainty(self) -> float:
+        """The share of this ink that is digits: all of a digit with score 1, none at 0.5, and less than none below."""
+        return sum((2 * digit.score - 1) * digit.mark.area for digit in self.digits) / max(1, self.area)
 
     @property
     def score(self) -> float:
-        """By this one of several readings is chosen: the share of ink explained, and the number of likely digits.
-
-        The root, or else ink that is cut into pieces would win.
-        """
-        return self.explained * math.sqrt(sum(max(0, 2 * digit.score - 1) for digit in self.digits))
+        """By this one of several readings is chosen: the more ink, the better, as far as it is digits."""
+        return self.certainty * math.sqrt(self.area)
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
@@ -226,36 +227,47 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float) -> Readin
     return Reading(in_rows(found), unread, edges)
 
 
-def read_colours(colours: np.ndarray, net: Net) -> Reading:
-    """The best reading of a picture (H, W, 3) in [0, 255]. Raises Failure where nothing stands out."""
-    best = Reading()
+def ways(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
+    """Each way to read a sheet (H, W, 3) in [0, 255], the most usual first. Raises Failure where nothing stands out."""
     for nearby in False, True:  # a shadow, or a note of another colour
-        ink, mask = find_ink(colours, nearby)
-        lines = find_lines(mask)
-        for gap, some in (0.08, mask), (0.08, mask & ~lines), (0.6, mask):  # badly broken strokes
-            reading = read_mask(some, ink, net, gap)
-            if some is not mask:
-                reading.ignored += connected(label(lines))
-            if reading.score > 1.15 * best.score:
-                best = reading
-            if best.explained > 0.9:
-                return best
+        ink, mask, lines = find_ink(sheet, nearby)
+        if lines.any():
+            yield read_mask(mask | lines, ink, net, 0.08)
+        for gap in 0.08, 0.6:  # badly broken strokes
+            reading = read_mask(mask, ink, net, gap)
+            reading.ignored += connected(label(lines))
+            yield reading
+
+
+def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
+    """The best reading of a sheet (H, W, 3) in [0, 255]."""
+    best, problem = None, ""
+    try:
+        for reading in ways(sheet, net):
+            best = max(best or reading, reading, key=lambda reading: reading.score)
+            if best.certainty > 0.8:
+                break
+    except Failure as failure:  # in one of the later ways, perhaps
+        problem = str(failure)
+    best = best or Reading()
     if not best.rows:
-        best.problem = "nothing on it has the size and shape of a digit"
+        best.problem = problem or "nothing on it has the size and shape of a digit"
     return best
 
 
 def read_picture(picture: Image.Image, net: Net) -> Reading:
     """Read a picture."""
-    try:
-        colours = flatten(picture, "white")
+    papers = ("white", "black") if picture.has_transparency_data else ("white",)
+    for paper in papers:  # ink on transparency may be white
         try:
-            reading = read_colours(colours, net)
-        except Failure:  # white ink on transparency, perhaps
-            reading = read_colours(flatten(picture, "black"), net)
-    except Failure as failure:
-        return Reading(problem=str(failure))
-    reading.scale = max(picture.size) / max(colours.shape[:2])
+            sheet = flatten(picture, paper)
+        except Failure as failure:
+            return Reading(problem=str(failure))
+        reading = read_sheet(sheet, net)
+        reading.sheet = sheet
+        reading.scale = max(picture.size) / max(sheet.shape[:2])
+        if not reading.problem:
+            break
     return reading
 
 

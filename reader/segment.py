@@ -44,6 +44,10 @@ class Mark(NamedTuple):
     def width(self) -> int:
         return self.mask.shape[1]
 
+    @property
+    def area(self) -> int:
+        return int(self.mask.sum())
+
     def part(self, keep: np.ndarray) -> "Mark":
         """The pixels of the mark that are to be kept (H, W)."""
         y, x = bounds(keep)
@@ -95,8 +99,8 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def find_ink(colours: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray]:
-    """How much each pixel differs from its paper, as a share of the light there, and where that is a stroke.
+def find_ink(colours: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How much each pixel differs from its paper, as a share of the light there, where that is a stroke, and the lines.
 
     From (H, W, 3) in [0, 255] to (H, W) each. nearby: see without_ink(). Raises Failure where nothing stands out.
     """
@@ -122,13 +126,14 @@ def find_ink(colours: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray]
     faintest = max(FAINTEST, 5 * noise)
     if smooth.max() <= faintest:
         raise Failure("nothing on it stands out from its paper")
-    # A stroke is half as strong as the strongest ink near it, or weaker and connected to such ink.
-    strongest = ndimage.maximum_filter(smooth, 1 + min(smooth.shape) // 8)
-    for _ in range(2):  # what is far fainter than most is no ink
-        weak, strong = (np.maximum(faintest, share * strongest) for share in (0.3, 0.5))
+    # A stroke is half as strong as the strongest ink near it and most ink, or weaker and connected to such ink.
+    strongest, usual = ndimage.maximum_filter(smooth, 1 + min(smooth.shape) // 8), 0
+    for _ in range(2):
+        weak, strong = (np.maximum(faintest, share * np.maximum(strongest, usual)) for share in (0.3, 0.5))
         mask = apply_hysteresis_threshold(smooth, weak, strong)
-        faintest = max(faintest, 0.3 * np.median(smooth[mask]))
-    return (grey - paper) / light, mask
+        usual = np.average(smooth[mask], weights=smooth[mask] ** 3)  # a little ink outweighs much grain
+    lines = find_lines(smooth > max(faintest, 0.15 * usual))  # also the fainter pieces between strong strokes
+    return (grey - paper) / light, mask & ~lines, mask & lines
 
 
 # ---------------------------------------------------------------- marks
