@@ -218,8 +218,11 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float) -> Readin
     if len(marks) > MOST_MARKS:
         raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
     usual = usual_height(marks)
+    digits = read_marks(marks, ink, net)
+    if len(marks) > 50 and np.median([digit.score for digit in digits]) < 0.75:  # texture, noise, print
+        return Reading(unread=marks, ignored=edges)
     found, unread = [], []
-    for digit in read_marks(marks, ink, net):
+    for digit in digits:
         if 0.35 * usual <= digit.mark.height <= 2 * usual and digit.mark.width < 8 * usual:
             found += split(digit, ink, net)
         else:
