@@ -179,19 +179,14 @@ class Reading:
         return self.unread + self.ignored
 
     @property
-    def area(self) -> int:
-        """The pixels of ink that is read or might have been."""
-        return sum(mark.area for mark in [digit.mark for digit in self.digits] + self.unread)
-
-    @property
-    def certainty(self) -> float:
-        """The share of this ink that is digits: all of a digit with score 1, none at 0.5, and less than none below."""
-        return sum((2 * digit.score - 1) * digit.mark.area for digit in self.digits) / max(1, self.area)
-
-    @property
     def score(self) -> float:
-        """By this one of several readings is chosen: the more ink, the better, as far as it is digits."""
-        return self.certainty * math.sqrt(self.area)
+        """By this one of several readings is chosen: the ink of digits. With a score of 0.5 a digit's counts nothing."""
+        return sum((2 * digit.score - 1) * digit.mark.area for digit in self.digits)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether nearly all ink is read, so that no other reading is needed."""
+        return self.score > 0.8 * sum(mark.area for mark in [digit.mark for digit in self.digits] + self.unread)
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
@@ -223,10 +218,12 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float) -> Readin
         return Reading(unread=marks, ignored=edges)
     found, unread = [], []
     for digit in digits:
-        if 0.35 * usual <= digit.mark.height <= 2 * usual and digit.mark.width < 8 * usual:
+        mark = digit.mark
+        fits = 0.35 * usual <= mark.height <= 2 * usual and mark.width < 8 * usual
+        if fits and max(mark.mask.shape) > 2 * stroke_width(mark.mask):
             found += split(digit, ink, net)
         else:
-            unread.append(digit.mark)
+            unread.append(mark)
     return Reading(in_rows(found), unread, edges)
 
 
@@ -248,7 +245,7 @@ def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
     try:
         for reading in ways(sheet, net):
             best = max(best or reading, reading, key=lambda reading: reading.score)
-            if best.certainty > 0.8:
+            if best.is_sure:
                 break
     except Failure as failure:  # in one of the later ways, perhaps
         problem = str(failure)

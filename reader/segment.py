@@ -176,8 +176,10 @@ def find_marks(mask: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
     marks, edges = [], []
     for mark in connected(label(mask)):  # a desk around the paper
         (edges if (border[mark.place] & mark.mask).sum() > 0.6 * max(mark.mask.shape) else marks).append(mark)
+    if not marks:  # a digit as large as the picture
+        marks, edges = edges, []
     if not marks:
-        return [], edges
+        return [], []
     inner = np.zeros_like(mask)
     for mark in marks:
         inner[mark.place] |= mark.mask
