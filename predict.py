@@ -10,11 +10,12 @@ How a picture is read stands in reader/.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,56 +55,55 @@ def picture_files(paths: list[str]) -> Iterator[str]:
     endings += [".heic", ".heif"]  # phones' pictures, to be refused with a reason
     for path in paths:
         inside = []
-        with contextlib.suppress(OSError):  # no folder, or one that may not be read: content() says so
-            inside = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in endings]
+        with contextlib.suppress(OSError):  # no folder, or one that may not be read: pages() says so
+            inside = sorted(Path(path).iterdir())
         # macOS writes ._x.jpg beside x.jpg; a named pipe would wait for ever.
-        inside = [file for file in inside if not file.name.startswith("._") and file.exists() and not file.is_fifo()]
-        yield from [str(file) for file in inside if not is_own(file)] or [path]
+        inside = [file for file in inside if file.suffix.lower() in endings and not file.name.startswith("._")]
+        yield from [str(file) for file in inside if not file.is_fifo() and not is_own(file)] or [path]
 
 
-def content(path: str) -> bytes:
-    """What a file holds, or standard input. Raises Failure or OSError."""
-    if path == "-" and (sys.stdin is None or sys.stdin.isatty()):
-        raise Failure("standard input holds no picture")
-    if os.path.isdir(path):
-        os.listdir(path)  # or why it may not be read
-        raise Failure("it is a folder without pictures")
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    if not data:
-        raise Failure("it is empty")
-    return data
-
-
-def pages(path: str, one: bool) -> Iterator[tuple[str, Image.Image]]:
-    """The pages of a picture file with their names. Raises Failure, or what Pillow raises for a damaged one.
+def pages(path: str, one: bool) -> Iterator[tuple[str, Image.Image | str]]:
+    """The pages of a picture file, or of standard input, with their names, or why it cannot be opened.
 
     one: a file of several pages is refused.
     """
-    data = content(path)
     try:
+        if os.path.isdir(path):
+            os.listdir(path)  # or why it may not be read
+            raise Failure("it is a folder without pictures")
+        if path == "-":
+            data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
+        else:
+            data = Path(path).read_bytes()
+        if not data:
+            raise Failure("it is empty")
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
+        last = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+        if one and last > 1:
+            raise Failure(f"it has {last} pages, and --seen draws one")
+        for number in range(last):
+            picture.seek(number)
+            if picture.width * picture.height > MOST_READ:
+                raise Failure(f"it is too large: more than {MOST_READ:,} pixels")
+            yield path if last == 1 else f"{path} page {number + 1}", loaded(picture, data)
+    except Image.UnidentifiedImageError:
         kind = "is HEIC, AVIF or a film" if data[4:8] == b"ftyp" else "is not a picture"
-        raise Failure(f"it {kind}; save it as JPEG") from error
-    last = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
-    if one and last > 1:
-        raise Failure(f"it has {last} pages, and --seen draws one")
-    for number in range(last):
-        picture.seek(number)
-        if picture.width * picture.height > MOST_READ:
-            raise Failure(f"it is too large: more than {MOST_READ:,} pixels")
-        try:
-            picture.load()
-        except OSError:  # a JPEG that lacks its end may have all its pixels: the last are grey where they are missing
-            if picture.format != "JPEG":
-                raise
-            picture = Image.open(io.BytesIO(data + b"\xff\xd9"), formats=["JPEG"])
-            if picture.convert("L").crop((picture.width - 8, picture.height - 8, *picture.size)).getextrema() == (
-                128,
-                128,
-            ):
-                raise
-        yield path if last == 1 else f"{path} page {number + 1}", picture
+        yield path, f"it {kind}; save it as JPEG"
+    except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
+        yield path, getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def loaded(picture: Image.Image, data: bytes) -> Image.Image:
+    """The picture in a file of this content, with its pixels. A JPEG that only lacks its end is complete."""
+    try:
+        picture.load()
+    except OSError:
+        if picture.format != "JPEG":
+            raise
+        picture = Image.open(io.BytesIO(data + b"\xff\xd9"))
+        if picture.convert("L").crop((picture.width - 8, picture.height - 8, *picture.size)).getextrema() == (128, 128):
+            raise  # what is missing is grey
+    return picture
 
 
 def line_of(reading: Reading) -> str:
@@ -127,28 +127,13 @@ def object_of(name: str, reading: Reading) -> str:
     return json.dumps({"file": name, "digits": read, "left_out": left_out, **problem})
 
 
-def readings(files: Iterable[str], net: Net, one: bool) -> Iterator[tuple[str, Reading]]:
-    """The name of each picture and what is read in it. one: see pages()."""
-    for file in files:
-        opened = pages(file, one)
-        while True:
-            try:
-                name, picture = next(opened)
-            except StopIteration:
-                break
-            except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
-                problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                yield file, Reading(problem=problem)
-                break
-            yield name, read_picture(picture, net)
-
-
 def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int:
     """Print what each picture's digits are, and draw the picture to seen. Returns the exit status: 1 if any failed."""
     warnings.simplefilter("ignore")  # Pillow's, of damage that does not hinder
     Image.MAX_IMAGE_PIXELS = None  # pages() has its own limit
     status = 0
-    for name, reading in readings(picture_files(paths), net, bool(seen)):
+    for name, picture in itertools.chain.from_iterable(pages(file, bool(seen)) for file in picture_files(paths)):
+        reading = Reading(problem=picture) if isinstance(picture, str) else read_picture(picture, net)
         if as_json:
             print(object_of(name, reading))
         elif reading.digits:

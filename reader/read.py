@@ -1,7 +1,7 @@
-"""From marks to digits: each as the network reads it, cut where digits touch, in lines, in the best of several ways.
+"""From marks to digits: each as the network reads it, cut where digits touch, in rows, and the best of a few readings.
 
-A mark is made into a 28x28 field as MNIST's own were (as_mnist), and marks of touching digits are cut (split). Where
-the same ink can be read in several ways, the reading with the highest score stands (read_colours).
+A mark is made into a 28x28 field as MNIST's own were (as_mnist), and marks of touching digits are cut (split). A sheet
+is read in up to six ways, until nearly all ink is read, and the reading with most ink in digits stands (read_sheet).
 """
 
 import dataclasses
@@ -18,20 +18,12 @@ from scipy import ndimage
 from skimage.measure import label
 from torch import Tensor
 
-from reader.segment import (
-    Box,
-    Mark,
-    bounds,
-    connected,
-    find_ink,
-    find_marks,
-    flatten,
-    stroke_width,
-    usual_height,
-)
+from reader.segment import Box, Mark, bounds, connected, find_ink, find_marks, flatten, stroke_width, usual_height
 from script import MEAN, REFERENCE, STD, Failure, Net, load_net
 
 # ---------------------------------------------------------------- digits
+
+PEN = 2.4  # pixels of the field: strokes are drawn this wide where they would be thinner than MNIST's
 
 
 class Digit(NamedTuple):
@@ -47,12 +39,11 @@ class Digit(NamedTuple):
 
     @property
     def probability(self) -> float:
-        """Of the value; this is what is printed."""
         return self.probabilities.max().item()
 
     @property
     def score(self) -> float:
-        """How surely the mark is one digit, to decide where it is cut: less if it is wider than 0.8 of its height."""
+        """How likely the mark is one digit: the probability, less if it is wider than 0.8 of its height."""
         return self.probability * np.clip(1.8 - self.mark.width / self.mark.height, 0.2, 1)
 
 
@@ -63,7 +54,7 @@ def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
     as LeCun, Cortes and Burges describe. Strokes that would shrink to less than MNIST's are first drawn anew, wider.
     """
     unit, stroke = max(mask[bounds(mask)].shape) / 20, stroke_width(mask)  # unit: a pixel of the field
-    wider = (2.4 * unit - stroke) / 2 if stroke < 2 * unit else 0
+    wider = (PEN * unit - stroke) / 2 if stroke < 2 * unit else 0
     if wider >= 0.5:
         digit = np.clip(wider + 0.5 - ndimage.distance_transform_edt(~np.pad(mask, math.ceil(wider))), 0, 1)
     else:
@@ -90,7 +81,7 @@ def read_marks(marks: list[Mark], ink: np.ndarray, net: Net) -> list[Digit]:
     """Each mark as the network reads it, from the ink (H, W) there."""
     if not marks:
         return []
-    margin = 1 + max(max(mark.mask.shape) for mark in marks) // 20  # the strokes' grey edge lies outside the mark
+    margin = 1 + max(mark.size for mark in marks) // 20  # the strokes' grey edge lies outside the mark
     ink, fields = np.pad(ink, margin), []
     for mark in marks:
         y, x = mark.place
@@ -107,7 +98,7 @@ EACH, THROUGH = 0.3, 0.45  # what each digit costs, and each stroke that a cut g
 
 
 def price(digit: Digit) -> float:
-    """What a digit costs in a way to cut a mark: the less certain, the more."""
+    """What a digit costs in a way to cut a mark: the less likely, the more."""
     return EACH - math.log(digit.score)
 
 
@@ -120,11 +111,10 @@ def cut(mark: Mark, slope: float, ink: np.ndarray, net: Net) -> tuple[float, lis
     # From each strip the column that crosses the fewest strokes, and of these the best.
     strip, end = max(2, mark.height // 10), len(crossed)
     cuts = [start + np.argmin(crossed[start : start + strip]) for start in range(strip, end - strip, strip)]
-    cuts = sorted((place for place in cuts if crossed[place] < 3), key=lambda place: crossed[place])[:MOST_CUTS]
-    ends = [*sorted(cuts), end]
+    cuts = sorted(sorted(cuts, key=lambda place: crossed[place])[:MOST_CUTS])
     crossed[0] = 0  # the left end is no cut
     parts = {}
-    for left, right in itertools.combinations([0, *ends], 2):
+    for left, right in itertools.combinations([0, *cuts, end], 2):
         keep = mark.mask & (left <= column) & (column < right)
         if right - left <= 1.2 * mark.height and keep.any() and np.ptp(np.nonzero(keep)[0]) >= 0.6 * mark.height:
             parts[left, right] = mark.part(keep)
@@ -151,19 +141,22 @@ def split(digit: Digit, ink: np.ndarray, net: Net) -> list[Digit]:
 
 # ---------------------------------------------------------------- reading
 
-MOST_MARKS = 600  # more are noise or text
+GAPS = (0.08, 0.6)  # over which ink is joined, as shares of the usual height; the second for badly broken strokes
+SURE = 0.8  # of its ink surely in digits, a reading needs no other
+MANY, UNLIKELY = 50, 0.75  # more marks with a median score below are texture, noise or print
+MOST = 600  # marks; more are those, too
 
 
 @dataclasses.dataclass
 class Reading:
-    """What is read in a picture: its digits, line by line, what was left out, and why it is refused if it is."""
+    """What is read in a picture: its digits, row by row, what was left out, and why it is refused if it is."""
 
     rows: list[list[Digit]] = dataclasses.field(default_factory=list)
     unread: list[Mark] = dataclasses.field(default_factory=list)  # too large or too small for a digit
     ignored: list[Mark] = dataclasses.field(default_factory=list)  # lines, the paper's edges
     problem: str = ""
     sheet: np.ndarray | None = None  # the picture over its paper, (H, W, 3) in [0, 255]
-    scale: float = 1  # the picture's pixels to one of the marks', which are found in a smaller copy
+    scale: float = 1  # the picture's pixels to one of the sheet's
 
     def box(self, mark: Mark) -> Box:
         """A mark's box in pixels of the picture as it is shown, upright."""
@@ -180,17 +173,16 @@ class Reading:
 
     @property
     def score(self) -> float:
-        """By this one of several readings is chosen: the ink of digits. With a score of 0.5 a digit's counts nothing."""
+        """By this one of several readings is chosen: the ink of digits. A digit with a score of 0.5 counts nothing."""
         return sum((2 * digit.score - 1) * digit.mark.area for digit in self.digits)
 
     @property
     def is_sure(self) -> bool:
-        """Whether nearly all ink is read, so that no other reading is needed."""
-        return self.score > 0.8 * sum(mark.area for mark in [digit.mark for digit in self.digits] + self.unread)
+        return self.score > SURE * sum(mark.area for mark in [digit.mark for digit in self.digits] + self.unread)
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
-    """Part digits into lines, top down, each from left to right: a digit is added to the line that ends nearest."""
+    """Part digits into rows, top down, each from left to right: a digit is added to the row that ends nearest."""
     rows = []
 
     def middle(digit: Digit) -> float:
@@ -208,32 +200,27 @@ def in_rows(digits: list[Digit]) -> list[list[Digit]]:
 def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float) -> Reading:
     """Read the digits in a mask (H, W), those of the usual size, joined over gaps (see find_marks)."""
     marks, edges = find_marks(mask, gap)
-    if not marks:
-        return Reading(ignored=edges)
-    if len(marks) > MOST_MARKS:
+    if len(marks) > MOST:
         raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
-    usual = usual_height(marks)
     digits = read_marks(marks, ink, net)
-    if len(marks) > 50 and np.median([digit.score for digit in digits]) < 0.75:  # texture, noise, print
+    if len(marks) > MANY and np.median([digit.score for digit in digits]) < UNLIKELY:
         return Reading(unread=marks, ignored=edges)
     found, unread = [], []
     for digit in digits:
-        mark = digit.mark
-        fits = 0.35 * usual <= mark.height <= 2 * usual and mark.width < 8 * usual
-        if fits and max(mark.mask.shape) > 2 * stroke_width(mark.mask):
+        if digit.mark.fits(usual_height(marks)):
             found += split(digit, ink, net)
         else:
-            unread.append(mark)
+            unread.append(digit.mark)
     return Reading(in_rows(found), unread, edges)
 
 
-def ways(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
-    """Each way to read a sheet (H, W, 3) in [0, 255], the most usual first. Raises Failure where nothing stands out."""
+def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
+    """Read a sheet (H, W, 3) in [0, 255] in each way, the usual one first. Raises Failure where nothing stands out."""
     for nearby in False, True:  # a shadow, or a note of another colour
         ink, mask, lines = find_ink(sheet, nearby)
         if lines.any():
-            yield read_mask(mask | lines, ink, net, 0.08)
-        for gap in 0.08, 0.6:  # badly broken strokes
+            yield read_mask(mask | lines, ink, net, GAPS[0])
+        for gap in GAPS:
             reading = read_mask(mask, ink, net, gap)
             reading.ignored += connected(label(lines))
             yield reading
@@ -241,32 +228,29 @@ def ways(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
 
 def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
     """The best reading of a sheet (H, W, 3) in [0, 255]."""
-    best, problem = None, ""
+    best, problem = Reading(), "nothing on it has the size and shape of a digit"
     try:
-        for reading in ways(sheet, net):
-            best = max(best or reading, reading, key=lambda reading: reading.score)
+        for reading in readings(sheet, net):
+            if not best.rows or reading.score > best.score:
+                best = reading
             if best.is_sure:
                 break
-    except Failure as failure:  # in one of the later ways, perhaps
+    except Failure as failure:  # where it comes late, there is a reading
         problem = str(failure)
-    best = best or Reading()
-    if not best.rows:
-        best.problem = problem or "nothing on it has the size and shape of a digit"
+    best.problem = "" if best.rows else problem
     return best
 
 
 def read_picture(picture: Image.Image, net: Net) -> Reading:
     """Read a picture."""
-    papers = ("white", "black") if picture.has_transparency_data else ("white",)
-    for paper in papers:  # ink on transparency may be white
+    for paper in ("white", "black") if picture.has_transparency_data else ("white",):  # the ink may be white
         try:
             sheet = flatten(picture, paper)
         except Failure as failure:
             return Reading(problem=str(failure))
         reading = read_sheet(sheet, net)
-        reading.sheet = sheet
-        reading.scale = max(picture.size) / max(sheet.shape[:2])
-        if not reading.problem:
+        reading.sheet, reading.scale = sheet, max(picture.size) / max(sheet.shape)
+        if reading.rows:
             break
     return reading
 
@@ -278,7 +262,7 @@ def committed_net() -> Net:
 
 
 def digits(picture: Image.Image, net: Net | None = None) -> list[tuple[Box, Tensor]]:
-    """Find the digits in a picture: (box, field) of each, left to right and line by line.
+    """Find the digits in a picture: (box, field) of each, left to right and row by row.
 
     The box is in pixels of the picture as it is shown, upright. The field is (1, 28, 28) in [0, 1] with ink
     towards 1; classify() gives its probabilities. Where ink may be one digit or two, the network decides, by default

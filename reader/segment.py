@@ -1,9 +1,10 @@
-"""From a picture to marks: the ink on its paper, connected ink, and the printed lines in it.
+"""From a picture to marks: the ink on its paper, the printed lines in it, and connected ink.
 
-Ink is what differs from the paper around it (find_ink). Connected ink is a mark, joined over small gaps (find_marks),
-and what is long and thin is a line (find_lines).
+Ink is what differs from the paper around it (find_ink), and what is long and thin of it is a line (find_lines).
+Connected ink is a mark, joined over small gaps (find_marks). The thresholds are shares of a length or a contrast.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -45,8 +46,17 @@ class Mark(NamedTuple):
         return self.mask.shape[1]
 
     @property
+    def size(self) -> int:
+        return max(self.mask.shape)
+
+    @property
     def area(self) -> int:
         return int(self.mask.sum())
+
+    def fits(self, usual: float) -> bool:
+        """Whether it may be a digit, or some that touch, among marks of this usual height: no speck, frame or blob."""
+        like_others = 0.35 * usual <= self.height <= 2 * usual and self.width < 8 * usual
+        return like_others and self.size > 2 * stroke_width(self.mask)
 
     def part(self, keep: np.ndarray) -> "Mark":
         """The pixels of the mark that are to be kept (H, W)."""
@@ -59,13 +69,16 @@ class Mark(NamedTuple):
 
 MOST_PIXELS = 1_000_000  # larger pictures are shrunk to this many
 FAINTEST = 0.06  # ink differs from its paper by this share of the paper's brightness at least
+WEAK, STRONG = 0.3, 0.5  # shares of the strongest ink nearby, and of the usual ink: what is connected, and what starts
+LINE = 0.15  # share of the usual ink in which lines are found: between strong strokes they are fainter
 
 
 def flatten(picture: Image.Image, paper: str) -> np.ndarray:
     """The picture, upright and over paper of this colour where it is transparent: (H, W, 3) in [0, 255]."""
     if picture.mode in ("L", "RGB", "CMYK"):  # what cameras and scanners make, cheaply before all else
         picture = picture.reduce(max(1, int(math.sqrt(picture.width * picture.height / (4 * MOST_PIXELS)))))
-    picture = ImageOps.exif_transpose(picture)
+    with contextlib.suppress(Exception):  # Pillow raises nearly anything for damaged EXIF
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which Pillow would clip to 8
         values = np.asarray(picture, dtype=np.float32)
         if not np.isfinite(values).all():
@@ -99,12 +112,12 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def find_ink(colours: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How much each pixel differs from its paper, as a share of the light there, where that is a stroke, and the lines.
 
     From (H, W, 3) in [0, 255] to (H, W) each. nearby: see without_ink(). Raises Failure where nothing stands out.
     """
-    small = Image.fromarray(np.uint8(colours))
+    small = Image.fromarray(np.uint8(sheet))
     small.thumbnail((100, 100), Image.Resampling.BOX)
     weights, papers = [], []
     for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
@@ -114,7 +127,7 @@ def find_ink(colours: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray,
         weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
         papers.append(paper)
     weights = np.array(weights) / max(np.abs(weights).sum(), 1e-9)
-    grey = colours @ np.float32(weights)  # the mixture of the channels in which the ink is lightest
+    grey = sheet @ np.float32(weights)  # the mixture of the channels in which the ink is lightest
     light = Image.fromarray(np.mean(papers, axis=0)).resize(grey.shape[::-1], Image.Resampling.BILINEAR)
     light = np.asarray(light) + 30  # a black board is no less noisy than a grey one
     blur = min(grey.shape) / 200
@@ -126,17 +139,22 @@ def find_ink(colours: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray,
     faintest = max(FAINTEST, 5 * noise)
     if smooth.max() <= faintest:
         raise Failure("nothing on it stands out from its paper")
-    # A stroke is half as strong as the strongest ink near it and most ink, or weaker and connected to such ink.
+    # A stroke is half as strong as the strongest ink near it and the usual ink, or weaker and connected to such ink.
     strongest, usual = ndimage.maximum_filter(smooth, 1 + min(smooth.shape) // 8), 0
     for _ in range(2):
-        weak, strong = (np.maximum(faintest, share * np.maximum(strongest, usual)) for share in (0.3, 0.5))
+        weak, strong = (np.maximum(faintest, share * np.maximum(strongest, usual)) for share in (WEAK, STRONG))
         mask = apply_hysteresis_threshold(smooth, weak, strong)
-        usual = np.average(smooth[mask], weights=smooth[mask] ** 3)  # a little ink outweighs much grain
-    lines = find_lines(smooth > max(faintest, 0.15 * usual))  # also the fainter pieces between strong strokes
+        usual = np.average(
+            smooth[mask], weights=smooth[mask] ** 3
+        )  # a little ink outweighs much grain
+    lines = find_lines(smooth > max(faintest, LINE * usual))
     return (grey - paper) / light, mask & ~lines, mask & lines
 
 
 # ---------------------------------------------------------------- marks
+
+BORDER = 0.6  # of its size: a mark along so much of the picture's border is a desk around the paper
+DOT = 3  # stroke widths: what is shorter is part of what is next to it
 
 
 def bounds(mask: np.ndarray) -> tuple[slice, slice]:
@@ -150,15 +168,10 @@ def stroke_width(mask: np.ndarray) -> float:
     return 4 * (ndimage.distance_transform_edt(np.pad(mask, 1)).sum() / max(1, mask.sum()) - 0.5)
 
 
-def usual(values: list[float], weights: list[float]) -> float:
-    """The value that splits the weights into halves: the weighted median."""
-    return float(np.quantile(values, 0.5, weights=weights, method="inverted_cdf"))
-
-
 def usual_height(marks: list[Mark]) -> float:
     """The median height, weighted by height: a few digits outweigh many specks or lines."""
     heights = [mark.height for mark in marks]
-    return usual(heights, heights)
+    return float(np.quantile(heights, 0.5, weights=heights, method="inverted_cdf"))
 
 
 def connected(labels: np.ndarray) -> list[Mark]:
@@ -167,31 +180,34 @@ def connected(labels: np.ndarray) -> list[Mark]:
     return [Mark(region.slice, region.image) for region in regionprops(labels) if max(region.image.shape) >= least]
 
 
-def find_marks(mask: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
-    """The marks in a mask (H, W), joined over gaps of this share of the usual height, and those along its border.
+def canvas(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
+    """The mask (H, W) of these marks."""
+    mask = np.zeros(shape, bool)
+    for mark in marks:
+        mask[mark.place] |= mark.mask
+    return mask
 
-    A dot, a mark shorter than three stroke widths, is no digit but part of what is next to it.
-    """
-    border = np.pad(np.zeros(np.subtract(mask.shape, 2), bool), 1, constant_values=True)
+
+def distance(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
+    """How far each pixel (H, W) is from the nearest of these marks."""
+    return ndimage.distance_transform_edt(~canvas(marks, shape))
+
+
+def find_marks(mask: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
+    """The marks in a mask (H, W), joined over gaps of this share of the usual height, and those along its border."""
+    border = np.ones(mask.shape, bool)
+    border[1:-1, 1:-1] = False
     marks, edges = [], []
-    for mark in connected(label(mask)):  # a desk around the paper
-        (edges if (border[mark.place] & mark.mask).sum() > 0.6 * max(mark.mask.shape) else marks).append(mark)
-    if not marks:  # a digit as large as the picture
-        marks, edges = edges, []
-    if not marks:
-        return [], []
-    inner = np.zeros_like(mask)
-    for mark in marks:
-        inner[mark.place] |= mark.mask
-    widths, areas = np.array([(stroke_width(mark.mask), mark.mask.sum()) for mark in marks]).T
-    width = usual(widths, areas / widths)  # by length: a stamp is no long stroke
-    near = ndimage.distance_transform_edt(~inner) <= gap / 2 * usual_height(marks)  # half a gap from either side
-    dots = np.zeros_like(mask)
-    for mark in marks:
-        dots[mark.place] |= mark.mask & (max(mark.mask.shape) < 3 * width)
-    if dots.any():
-        near |= ndimage.distance_transform_edt(~dots) <= 1.5 * width
-    return connected(label(near) * inner), edges
+    for mark in connected(label(mask)):
+        (edges if (border[mark.place] & mark.mask).sum() > BORDER * mark.size else marks).append(mark)
+    if not marks:  # perhaps one digit as large as the picture
+        return edges, []
+    width = stroke_width(canvas(marks, mask.shape))
+    near = distance(marks, mask.shape) <= gap / 2 * usual_height(marks)  # half a gap from either side
+    dots = [mark for mark in marks if mark.size < DOT * width]
+    if dots:
+        near |= distance(dots, mask.shape) <= 1.5 * min(width, np.median([dot.size for dot in dots]))
+    return connected(label(near) * canvas(marks, mask.shape)), edges
 
 
 # ---------------------------------------------------------------- lines
