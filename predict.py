@@ -56,7 +56,7 @@ def picture_files(paths: list[str]) -> Iterator[str]:
     for path in paths:
         inside = []
         with contextlib.suppress(OSError):  # no folder, or one that may not be read: pages() says so
-            inside = sorted(Path(path).iterdir())
+            inside = [Path(path, name) for name in sorted(os.listdir(path))]
         # macOS writes ._x.jpg beside x.jpg; a named pipe would wait for ever.
         inside = [file for file in inside if file.suffix.lower() in endings and not file.name.startswith("._")]
         yield from [str(file) for file in inside if not file.is_fifo() and not is_own(file)] or [path]
@@ -76,7 +76,7 @@ def pages(path: str, one: bool) -> Iterator[tuple[str, Image.Image | str]]:
         else:
             data = Path(path).read_bytes()
         if not data:
-            raise Failure("it is empty")
+            raise Failure("nothing comes from standard input" if path == "-" else "it is empty")
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
         last = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
         if one and last > 1:

@@ -1,7 +1,7 @@
 """From marks to digits: each as the network reads it, cut where digits touch, in rows, and the best of a few readings.
 
 A mark is made into a 28x28 field as MNIST's own were (as_mnist), and marks of touching digits are cut (split). A sheet
-is read in up to six ways, until nearly all ink is read, and the reading with most ink in digits stands (read_sheet).
+is read in a few ways, until nearly all ink is read, and the reading with most ink in digits stands (read_sheet).
 """
 
 import dataclasses
@@ -55,11 +55,12 @@ def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
     """
     unit, stroke = max(mask[bounds(mask)].shape) / 20, stroke_width(mask)  # unit: a pixel of the field
     wider = (PEN * unit - stroke) / 2 if stroke < 2 * unit else 0
-    if wider >= 0.5:
+    strength = np.percentile(ink[mask], 90)
+    if wider >= 0.5 or strength <= 0:
         digit = np.clip(wider + 0.5 - ndimage.distance_transform_edt(~np.pad(mask, math.ceil(wider))), 0, 1)
     else:
         grown = ndimage.binary_dilation(mask, iterations=max(1, round(unit / 10)))  # with its grey edge
-        digit = np.clip(ink / max(np.percentile(ink[mask], 90), 1e-6), 0, 1) * grown
+        digit = np.clip(ink / strength, 0, 1) * grown
     digit = digit[bounds(digit > 0.25)]
     height, width = (max(1, round(20 * side / max(digit.shape))) for side in digit.shape)
     digit = np.asarray(Image.fromarray(np.float32(digit)).resize((width, height), Image.Resampling.BOX))
@@ -112,6 +113,7 @@ def cut(mark: Mark, slope: float, ink: np.ndarray, net: Net) -> tuple[float, lis
     strip, end = max(2, mark.height // 10), len(crossed)
     cuts = [start + np.argmin(crossed[start : start + strip]) for start in range(strip, end - strip, strip)]
     cuts = sorted(sorted(cuts, key=lambda place: crossed[place])[:MOST_CUTS])
+    cuts = [place for place in cuts if crossed[place] < 3]
     crossed[0] = 0  # the left end is no cut
     parts = {}
     for left, right in itertools.combinations([0, *cuts, end], 2):
@@ -141,9 +143,11 @@ def split(digit: Digit, ink: np.ndarray, net: Net) -> list[Digit]:
 
 # ---------------------------------------------------------------- reading
 
+INKS = (((-1, 1), False), ((-1,), False), ((-1, 1), True))  # signs and paper, see find_ink(): as it seems, dark where
+# a light sheet on a desk or a digit as large as the picture was misleading, and nearby for shadows and coloured notes
 GAPS = (0.08, 0.6)  # over which ink is joined, as shares of the usual height; the second for badly broken strokes
-SURE = 0.8  # of its ink surely in digits, a reading needs no other
-MANY, UNLIKELY = 50, 0.75  # more marks with a median score below are texture, noise or print
+SURE = 0.9  # of its ink surely in digits, a reading needs no other
+MANY, UNLIKELY = 50, 0.75  # more marks with a lower median score are texture, noise or print, not worth cutting
 MOST = 600  # marks; more are those, too
 
 
@@ -173,12 +177,14 @@ class Reading:
 
     @property
     def score(self) -> float:
-        """By this one of several readings is chosen: the ink of digits. A digit with a score of 0.5 counts nothing."""
-        return sum((2 * digit.score - 1) * digit.mark.area for digit in self.digits)
+        """By this one of several readings is chosen: the length of strokes in digits, less those in unlikely ones."""
+        return sum((2 * digit.score - 1) * digit.mark.length for digit in self.digits)
 
     @property
     def is_sure(self) -> bool:
-        return self.score > SURE * sum(mark.area for mark in [digit.mark for digit in self.digits] + self.unread)
+        marks = [digit.mark for digit in self.digits] + self.unread
+        read = sum(digit.score * digit.mark.length for digit in self.digits)
+        return read > SURE * sum(mark.length for mark in marks)
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
@@ -216,14 +222,15 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float) -> Readin
 
 def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
     """Read a sheet (H, W, 3) in [0, 255] in each way, the usual one first. Raises Failure where nothing stands out."""
-    for nearby in False, True:  # a shadow, or a note of another colour
-        ink, mask, lines = find_ink(sheet, nearby)
+    for signs, nearby in INKS:
+        ink, mask, lines = find_ink(sheet, signs, nearby)
         if lines.any():
             yield read_mask(mask | lines, ink, net, GAPS[0])
         for gap in GAPS:
             reading = read_mask(mask, ink, net, gap)
             reading.ignored += connected(label(lines))
-            yield reading
+            if len(reading.digits) > 2 or not nearby:  # fewer may be the rest of one digit with wide strokes
+                yield reading
 
 
 def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
@@ -231,12 +238,14 @@ def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
     best, problem = Reading(), "nothing on it has the size and shape of a digit"
     try:
         for reading in readings(sheet, net):
-            if not best.rows or reading.score > best.score:
+            if not best.rows or reading.is_sure or reading.score > best.score:
                 best = reading
-            if best.is_sure:
+            if reading.is_sure:
                 break
     except Failure as failure:  # where it comes late, there is a reading
         problem = str(failure)
+    if len(best.digits) > 2 and np.median([digit.probability for digit in best.digits]) < UNLIKELY:
+        best = Reading(unread=best.unread + [digit.mark for digit in best.digits], ignored=best.ignored)
     best.problem = "" if best.rows else problem
     return best
 

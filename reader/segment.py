@@ -50,8 +50,9 @@ class Mark(NamedTuple):
         return max(self.mask.shape)
 
     @property
-    def area(self) -> int:
-        return int(self.mask.sum())
+    def length(self) -> float:
+        """The length of its strokes."""
+        return self.mask.sum() / stroke_width(self.mask)
 
     def fits(self, usual: float) -> bool:
         """Whether it may be a digit, or some that touch, among marks of this usual height: no speck, frame or blob."""
@@ -112,29 +113,29 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How much each pixel differs from its paper, as a share of the light there, where that is a stroke, and the lines.
+def find_ink(sheet: np.ndarray, signs: tuple, nearby: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How much each pixel differs from its paper, as a share of its brightness, where that is a stroke, and the lines.
 
-    From (H, W, 3) in [0, 255] to (H, W) each. nearby: see without_ink(). Raises Failure where nothing stands out.
+    From (H, W, 3) in [0, 255] to (H, W) each. signs: -1 where ink may be darker than its paper, 1 where it may be
+    lighter. nearby: see without_ink(). Raises Failure where nothing stands out.
     """
     small = Image.fromarray(np.uint8(sheet))
     small.thumbnail((100, 100), Image.Resampling.BOX)
     weights, papers = [], []
     for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
         # Dark ink or light? With the right sign the paper is smooth, and the ink has few edges.
-        guesses = [(sign, sign * without_ink(sign * channel, nearby)) for sign in (-1, 1)]
+        guesses = [(sign, sign * without_ink(sign * channel, nearby)) for sign in signs]
         sign, paper = min(guesses, key=lambda guess: roughness(guess[1]) + 0.8 * roughness(channel - guess[1]))
         weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
         papers.append(paper)
     weights = np.array(weights) / max(np.abs(weights).sum(), 1e-9)
     grey = sheet @ np.float32(weights)  # the mixture of the channels in which the ink is lightest
-    light = Image.fromarray(np.mean(papers, axis=0)).resize(grey.shape[::-1], Image.Resampling.BILINEAR)
-    light = np.asarray(light) + 30  # a black board is no less noisy than a grey one
+    grey /= np.mean(papers) + 30  # a black board is no less noisy than a grey one
     blur = min(grey.shape) / 200
     smooth = ndimage.gaussian_filter(grey, blur / 2)
     paper = without_ink(smooth, nearby)
-    smooth = (smooth - paper) / light
-    smooth -= np.percentile(smooth, 10)  # of paper: where there is noise, its lowest was taken for the paper
+    smooth -= paper
+    smooth -= np.percentile(smooth, 10)  # where there is noise, its lowest was taken for the paper
     noise = 1.5 * np.median(np.abs(smooth - ndimage.gaussian_filter(smooth, blur)))  # its standard deviation
     faintest = max(FAINTEST, 5 * noise)
     if smooth.max() <= faintest:
@@ -144,11 +145,9 @@ def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray, n
     for _ in range(2):
         weak, strong = (np.maximum(faintest, share * np.maximum(strongest, usual)) for share in (WEAK, STRONG))
         mask = apply_hysteresis_threshold(smooth, weak, strong)
-        usual = np.average(
-            smooth[mask], weights=smooth[mask] ** 3
-        )  # a little ink outweighs much grain
+        usual = np.average(smooth[mask], weights=smooth[mask] ** 3)  # a little ink outweighs much grain
     lines = find_lines(smooth > max(faintest, LINE * usual))
-    return (grey - paper) / light, mask & ~lines, mask & lines
+    return grey - paper, mask & ~lines, mask & lines
 
 
 # ---------------------------------------------------------------- marks
@@ -222,7 +221,7 @@ def lines_across(mask: np.ndarray) -> np.ndarray:
     line = np.zeros_like(mask)
     for region in regionprops(label(ndimage.maximum_filter(runs, window)) * runs):
         tall, long = region.image.shape
-        if long >= 0.45 * width and region.area <= long**2 / 8 and tall <= long / 6:
+        if long >= 0.45 * width and tall <= long / 6:
             line[region.slice] |= region.image
     return line
 
@@ -235,4 +234,4 @@ def find_lines(mask: np.ndarray) -> np.ndarray:
     for region in regionprops(label(lines)):
         if max(region.image.shape) <= least:
             lines[region.slice] &= ~region.image
-    return lines
+    return lines & ~ndimage.grey_opening(mask, max(12, max(mask.shape) // 40))  # a stroke's thick parts stay
