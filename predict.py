@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from reader import Reading, read_picture
+from reader.read import DOUBTFUL
 from script import REFERENCE, Failure, Net, load_net, run_command, save
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -111,7 +112,7 @@ def line_of(reading: Reading) -> str:
     if len(reading.digits) == 1:
         (p, q), (first, second) = (part.tolist() for part in reading.digits[0].probabilities.topk(2))
         return f"{first} ({100 * p:.1f}%), then {second} ({100 * q:.1f}%)"
-    texts = [" ".join(f"{digit.value}{'?' * (digit.probability < 0.9)}" for digit in row) for row in reading.rows]
+    texts = [" ".join(f"{digit.value}{'?' * (digit.probability < DOUBTFUL)}" for digit in row) for row in reading.rows]
     return " / ".join(texts)
 
 

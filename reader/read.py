@@ -148,6 +148,7 @@ INKS = (((-1, 1), False), ((-1,), False), ((-1, 1), True))  # signs and paper, s
 GAPS = (0.08, 0.6)  # over which ink is joined, as shares of the usual height; the second for badly broken strokes
 SURE = 0.9  # of its ink surely in digits, a reading needs no other
 MANY, UNLIKELY = 50, 0.75  # more marks with a lower median score are texture, noise or print, not worth cutting
+DOUBTFUL = 0.9  # a less probable digit has a ? behind it; where most have, nothing is read
 MOST = 600  # marks; more are those, too
 
 
@@ -244,7 +245,7 @@ def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
                 break
     except Failure as failure:  # where it comes late, there is a reading
         problem = str(failure)
-    if len(best.digits) > 2 and np.median([digit.probability for digit in best.digits]) < UNLIKELY:
+    if len(best.digits) > 2 and np.median([digit.probability for digit in best.digits]) < DOUBTFUL:  # noise
         best = Reading(unread=best.unread + [digit.mark for digit in best.digits], ignored=best.ignored)
     best.problem = "" if best.rows else problem
     return best

@@ -18,9 +18,9 @@ from reader import committed_net, read, segment
 from tests import sheets
 
 RULES = {  # what is off: where, its name, and what stands there instead
-    "none": (read, "SURE", read.SURE),
-    "a reading that is sure ends the search": (read, "SURE", np.inf),
-    "paper from nearby": (read, "PAPERS", (False,)),
+    "nothing": (read, "SURE", read.SURE),
+    "paper from nearby": (read, "INKS", read.INKS[:2]),
+    "dark ink only": (read, "INKS", read.INKS[::2]),
     "lines": (segment, "find_lines", np.zeros_like),
     "lines in fainter ink": (segment, "LINE", segment.WEAK),
     "ink connected to strong ink": (segment, "WEAK", segment.STRONG),
@@ -62,9 +62,7 @@ def main() -> None:
         columns = [f"{100 * (n[1] - base[source][1]) / n[0]:+8.1f}; {n[2]:3d} extra" for source, n in counts.items()]
         print(f"{rule:40}" + "".join(f"{column:>18}" for column in columns), flush=True)
     for source, (number, right, extra) in base.items():
-        print(
-            f"{source}: of {number} digits {right / number:.1%} are read right, and {extra} are read where there is none"
-        )
+        print(f"{source}: {number} digits, {right / number:.1%} right, {extra} read where there is none")
 
 
 if __name__ == "__main__":
