@@ -46,6 +46,11 @@ class Digit(NamedTuple):
         """How likely the mark is one digit: the probability, less if it is wider than 0.8 of its height."""
         return self.probability * np.clip(1.8 - self.mark.width / self.mark.height, 0.2, 1)
 
+    @property
+    def cost(self) -> float:
+        """What it adds to a way to cut a mark."""
+        return EACH - math.log(self.score)
+
 
 def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
     """A digit's ink (H, W) and its strokes as MNIST made its own: (1, 28, 28) in [0, 1].
@@ -98,11 +103,6 @@ MOST_CUTS = 10  # places to choose from
 EACH, THROUGH = 0.3, 0.45  # what each digit costs, and each stroke that a cut goes through
 
 
-def price(digit: Digit) -> float:
-    """What a digit costs in a way to cut a mark: the less likely, the more."""
-    return EACH - math.log(digit.score)
-
-
 def cut(mark: Mark, slope: float, ink: np.ndarray, net: Net) -> tuple[float, list[Digit]]:
     """The cheapest way to cut a mark along lines of this slope into digits side by side: its cost, and the digits."""
     down, across = np.mgrid[: mark.height, : mark.width]
@@ -124,7 +124,7 @@ def cut(mark: Mark, slope: float, ink: np.ndarray, net: Net) -> tuple[float, lis
     for (left, right), digit in zip(parts, read_marks(list(parts.values()), ink, net), strict=True):  # by their left
         if left in cheapest:
             cost, before = cheapest[left]
-            way = (cost + price(digit) + THROUGH * crossed[left], [*before, digit])
+            way = (cost + digit.cost + THROUGH * crossed[left], [*before, digit])
             cheapest[right] = min(cheapest.get(right, way), way, key=lambda way: way[0])
     return cheapest.get(end, (math.inf, []))
 
@@ -135,9 +135,9 @@ def split(digit: Digit, ink: np.ndarray, net: Net) -> list[Digit]:
     Of all ways to cut it the cheapest stands, as in the heuristic over-segmentation of LeCun, Bottou, Bengio and
     Haffner (1998).
     """
-    if price(digit) < 2 * EACH:
+    if digit.cost < 2 * EACH:
         return [digit]  # two digits cost more
-    ways = [(price(digit), [digit])] + [cut(digit.mark, slope, ink, net) for slope in SLOPES]
+    ways = [(digit.cost, [digit])] + [cut(digit.mark, slope, ink, net) for slope in SLOPES]
     return min(ways, key=lambda way: way[0])[1]
 
 
@@ -191,17 +191,14 @@ class Reading:
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
     """Part digits into rows, top down, each from left to right: a digit is added to the row that ends nearest."""
     rows = []
-
-    def middle(digit: Digit) -> float:
-        return (digit.mark.box.top + digit.mark.box.bottom) / 2
-
     for digit in sorted(digits, key=lambda digit: digit.mark.box.left):
-        nearest = min(rows, key=lambda row: abs(middle(row[-1]) - middle(digit)), default=None)
-        if nearest and abs(middle(nearest[-1]) - middle(digit)) < max(nearest[-1].mark.height, digit.mark.height) / 2:
+        mark = digit.mark
+        nearest = min(rows, key=lambda row: abs(row[-1].mark.middle - mark.middle), default=None)
+        if nearest and abs(nearest[-1].mark.middle - mark.middle) < max(nearest[-1].mark.height, mark.height) / 2:
             nearest.append(digit)
         else:
             rows.append([digit])
-    return sorted(rows, key=lambda row: np.median([middle(digit) for digit in row]))
+    return sorted(rows, key=lambda row: np.median([digit.mark.middle for digit in row]))
 
 
 def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float) -> Reading:
@@ -212,42 +209,38 @@ def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float) -> Readin
     digits = read_marks(marks, ink, net)
     if len(marks) > MANY and np.median([digit.score for digit in digits]) < UNLIKELY:
         return Reading(unread=marks, ignored=edges)
-    found, unread = [], []
-    for digit in digits:
-        if digit.mark.fits(usual_height(marks)):
-            found += split(digit, ink, net)
-        else:
-            unread.append(digit.mark)
-    return Reading(in_rows(found), unread, edges)
+    usual = usual_height(marks)
+    found = [part for digit in digits if digit.mark.fits(usual) for part in split(digit, ink, net)]
+    return Reading(in_rows(found), [mark for mark in marks if not mark.fits(usual)], edges)
 
 
-def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
-    """Read a sheet (H, W, 3) in [0, 255] in each way, the usual one first. Raises Failure where nothing stands out."""
-    for signs, nearby in INKS:
-        ink, mask, lines = find_ink(sheet, signs, nearby)
-        if lines.any():
-            yield read_mask(mask | lines, ink, net, GAPS[0])
-        for gap in GAPS:
-            reading = read_mask(mask, ink, net, gap)
-            reading.ignored += connected(label(lines))
-            if len(reading.digits) > 2 or not nearby:  # fewer may be the rest of one digit with wide strokes
-                yield reading
+def read_ink(sheet: np.ndarray, signs: tuple, nearby: bool, net: Net) -> Iterator[Reading]:
+    """Read a sheet's ink, see find_ink(), in each way, the usual one first. Raises Failure where nothing stands out."""
+    ink, mask, lines = find_ink(sheet, signs, nearby)
+    if lines.any():
+        yield read_mask(mask | lines, ink, net, GAPS[0])
+    for gap in GAPS:
+        reading = read_mask(mask, ink, net, gap)
+        reading.ignored += connected(label(lines))
+        if len(reading.digits) > 2 or not nearby:  # fewer may be the rest of one digit with wide strokes
+            yield reading
 
 
 def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
-    """The best reading of a sheet (H, W, 3) in [0, 255]."""
-    best, problem = Reading(), "nothing on it has the size and shape of a digit"
-    try:
-        for reading in readings(sheet, net):
-            if not best.rows or reading.is_sure or reading.score > best.score:
-                best = reading
-            if reading.is_sure:
-                break
-    except Failure as failure:  # where it comes late, there is a reading
-        problem = str(failure)
+    """The best reading of a sheet (H, W, 3) in [0, 255]: the first that is sure, or else the best."""
+    best, problem = Reading(), ""
+    for ink in INKS:
+        try:
+            for reading in read_ink(sheet, *ink, net):
+                if reading.is_sure:
+                    return reading
+                best = reading if not best.rows or reading.score > best.score else best
+        except Failure as failure:
+            problem = problem or str(failure)
     if len(best.digits) > 2 and np.median([digit.probability for digit in best.digits]) < DOUBTFUL:  # noise
         best = Reading(unread=best.unread + [digit.mark for digit in best.digits], ignored=best.ignored)
-    best.problem = "" if best.rows else problem
+    if not best.rows:
+        best.problem = problem or "nothing on it has the size and shape of a digit"
     return best
 
 

@@ -59,6 +59,11 @@ class Mark(NamedTuple):
         like_others = 0.35 * usual <= self.height <= 2 * usual and self.width < 8 * usual
         return like_others and self.size > 2 * stroke_width(self.mask)
 
+    @property
+    def middle(self) -> float:
+        """Its height on the sheet."""
+        return (self.box.top + self.box.bottom) / 2
+
     def part(self, keep: np.ndarray) -> "Mark":
         """The pixels of the mark that are to be kept (H, W)."""
         y, x = bounds(keep)
@@ -170,7 +175,7 @@ def stroke_width(mask: np.ndarray) -> float:
 def usual_height(marks: list[Mark]) -> float:
     """The median height, weighted by height: a few digits outweigh many specks or lines."""
     heights = [mark.height for mark in marks]
-    return float(np.quantile(heights, 0.5, weights=heights, method="inverted_cdf"))
+    return float(np.quantile(heights, 0.5, weights=heights, method="inverted_cdf")) if marks else 0
 
 
 def connected(labels: np.ndarray) -> list[Mark]:
@@ -179,17 +184,12 @@ def connected(labels: np.ndarray) -> list[Mark]:
     return [Mark(region.slice, region.image) for region in regionprops(labels) if max(region.image.shape) >= least]
 
 
-def canvas(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
-    """The mask (H, W) of these marks."""
-    mask = np.zeros(shape, bool)
-    for mark in marks:
-        mask[mark.place] |= mark.mask
-    return mask
-
-
 def distance(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
-    """How far each pixel (H, W) is from the nearest of these marks."""
-    return ndimage.distance_transform_edt(~canvas(marks, shape))
+    """How far each pixel (H, W) is from these marks."""
+    away = np.ones(shape, bool)
+    for mark in marks:
+        away[mark.place] &= ~mark.mask
+    return ndimage.distance_transform_edt(away)
 
 
 def find_marks(mask: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
@@ -201,12 +201,12 @@ def find_marks(mask: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
         (edges if (border[mark.place] & mark.mask).sum() > BORDER * mark.size else marks).append(mark)
     if not marks:  # perhaps one digit as large as the picture
         return edges, []
-    width = stroke_width(canvas(marks, mask.shape))
-    near = distance(marks, mask.shape) <= gap / 2 * usual_height(marks)  # half a gap from either side
+    away = distance(marks, mask.shape)
+    width, near = stroke_width(away == 0), away <= gap / 2 * usual_height(marks)  # half a gap from either side
     dots = [mark for mark in marks if mark.size < DOT * width]
     if dots:
         near |= distance(dots, mask.shape) <= 1.5 * min(width, np.median([dot.size for dot in dots]))
-    return connected(label(near) * canvas(marks, mask.shape)), edges
+    return connected(label(near) * (away == 0)), edges
 
 
 # ---------------------------------------------------------------- lines
@@ -230,8 +230,7 @@ def find_lines(mask: np.ndarray) -> np.ndarray:
     """The pixels of lines in a mask (H, W), across and down, that are longer than the digits."""
     lines = lines_across(mask) | lines_across(mask.T).T
     marks = connected(label(mask & ~lines))
-    least = 1.3 * usual_height(marks) if marks else 0
-    for region in regionprops(label(lines)):
-        if max(region.image.shape) <= least:
-            lines[region.slice] &= ~region.image
+    short = [line for line in connected(label(lines)) if line.size <= 1.3 * usual_height(marks)]
+    if short:
+        lines &= distance(short, mask.shape) > 0
     return lines & ~ndimage.grey_opening(mask, max(12, max(mask.shape) // 40))  # a stroke's thick parts stay
