@@ -70,7 +70,7 @@ class Mark(NamedTuple):
         """The pixels of the mark that are to be kept (H, W)."""
         y, x = bounds(keep)
         top, left = self.box.top, self.box.left
-        return Mark((slice(top + y.start, top + y.stop), slice(left + x.start, left + x.stop)), keep[y, x])
+        return Mark((slice(top + y.start, top + y.stop), slice(left + x.start, left + x.stop)), keep[y, x].copy())
 
 
 # ---------------------------------------------------------------- paper and ink
@@ -84,7 +84,7 @@ LINE = 0.15  # share of the usual ink in which lines are found: between strong s
 def flatten(picture: Image.Image, paper: str) -> np.ndarray:
     """The picture, upright and over paper of this colour where it is transparent: (H, W, 3) in [0, 255]."""
     if picture.mode in ("L", "RGB", "CMYK"):  # what cameras and scanners make, cheaply before all else
-        picture = picture.reduce(max(1, int(math.sqrt(picture.width * picture.height / (4 * MOST_PIXELS)))))
+        picture = picture.reduce(max(1, int(math.sqrt(picture.width * picture.height / MOST_PIXELS))))
     with contextlib.suppress(Exception):  # Pillow raises nearly anything for damaged EXIF
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which Pillow would clip to 8

@@ -1,7 +1,7 @@
 """Simulated photos of handwritten digits, and how many of the digits predict.py reads right on each kind.
 
 python -m tests.sheets                   print the table of docs/predict.md; MNIST's test digits, 100 a kind
-python -m tests.sheets --strokes PATH    the same with digits drawn from a file of pen strokes
+python -m tests.sheets --strokes PATH    the same, and with digits drawn from a file of pen strokes
 python -m tests.sheets sheet.jpg         make the README's sheet
 
 The file of strokes is a JSON list of {"digit": 7, "strokes": [[[x, y], ...], ...]}, in any unit, y downwards.
@@ -225,15 +225,17 @@ def main() -> None:
     parser.add_argument("--strokes", type=Path)
     parser.add_argument("sheet", type=Path, nargs="?")
     args = parser.parse_args()
-    digits, labels = load(args.strokes)
+    digits, labels = load(None)
     if args.sheet:
         rng = np.random.default_rng(2026)
         page("desk", digits[rng.choice(800, 30, replace=False)], rng).save(args.sheet, quality=85)
         return
     net = load_net(REFERENCE)
-    print("kind of sheet   read right")
+    sources = {"MNIST": (digits, labels)} | ({"strokes": load(args.strokes)} if args.strokes else {})
+    print(f"{'kind of sheet':<14}" + "".join(f"{source:>10}" for source in sources))
     for kind in KINDS + PAGES + FORMS:
-        print(f"{kind:<14}  {right(net, kind, digits, labels, 100, 13):>9.1%}", flush=True)
+        shares = [right(net, kind, *source, 100, 13) for source in sources.values()]
+        print(f"{kind:<14}" + "".join(f"{share:>10.1%}" for share in shares), flush=True)
 
 
 if __name__ == "__main__":
