@@ -55,11 +55,12 @@ class Mark(NamedTuple):
         return self.mask.sum() / stroke_width(self.mask)
 
     def fits(self, usual: float) -> bool:
-        """Whether it may be a digit, or some that touch, among marks of this usual height: no speck, frame or blob.
+        """Whether it may be a digit, or some that touch, among marks of this usual height: no speck, frame or line.
 
-        Nor specks that were joined: their strokes are shorter than half the mark.
+        Nor specks that were joined, whose strokes are shorter than half the mark, nor a blob.
         """
-        return 0.35 * usual <= self.height <= 2 * usual and 2 * self.length > self.size > 2 * stroke_width(self.mask)
+        fits = 0.35 * usual <= self.height <= 2 * usual and self.width < 8 * usual
+        return fits and 2 * self.length > self.size > 2 * stroke_width(self.mask)
 
     @property
     def middle(self) -> float:
