@@ -8,19 +8,21 @@ How a picture is read stands in reader/.
 """
 
 import argparse
+import contextlib
 import io
+import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from reader import Reading, read_picture
-from reader.segment import flatten
+from reader.read import DOUBTFUL
 from script import REFERENCE, Failure, Net, load_net, run_command, save
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -28,15 +30,15 @@ MOST_READ = 150_000_000  # pixels
 OWN = {"Software": "predict.py --seen"}  # by which a PNG says that it may be overwritten
 
 
-def draw(picture: Image.Image, reading: Reading) -> bytes:
+def draw(reading: Reading) -> bytes:
     """The picture with a red frame around each digit, a blue one around what was left out, and the fields, as a PNG."""
     import pictures  # here, as matplotlib takes as long to import as a picture to be read
 
     frames = [(reading.box(mark), "tab:blue", "") for mark in reading.left_out]
     frames += [(reading.box(digit.mark), "tab:red", str(digit.value)) for digit in reading.digits]
     fields = [(digit.field[0], f"{digit.value} {100 * digit.probability:.0f}%") for digit in reading.digits]
-    size = ImageOps.exif_transpose(picture).size
-    return pictures.png(pictures.seen(np.uint8(flatten(picture, "white")), size, frames, fields), OWN)
+    height, width = (round(side * reading.scale) for side in reading.sheet.shape[:2])
+    return pictures.png(pictures.seen(np.uint8(reading.sheet), (width, height), frames, fields), OWN)
 
 
 def is_own(path: Path) -> bool:
@@ -49,31 +51,60 @@ def is_own(path: Path) -> bool:
 
 
 def picture_files(paths: list[str]) -> Iterator[str]:
-    """These paths, with the pictures in a folder instead of the folder."""
+    """These paths, with the pictures in a folder instead of the folder, without those that --seen drew."""
     endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
     endings += [".heic", ".heif"]  # phones' pictures, to be refused with a reason
     for path in paths:
-        inside = sorted(Path(path).iterdir()) if os.path.isdir(path) else []
-        yield from [str(file) for file in inside if file.suffix.lower() in endings] or [path]
+        inside = []
+        with contextlib.suppress(OSError):  # no folder, or one that may not be read: pages() says so
+            inside = [Path(path, name) for name in sorted(os.listdir(path))]
+        # macOS writes ._x.jpg beside x.jpg; a named pipe would wait for ever.
+        inside = [file for file in inside if file.suffix.lower() in endings and not file.name.startswith("._")]
+        yield from [str(file) for file in inside if not file.is_fifo() and not is_own(file)] or [path]
 
 
-def pages(path: str) -> Iterator[tuple[str, Image.Image]]:
-    """The pages of a picture file with their names. Raises Failure, or what Pillow raises for a damaged one."""
-    if os.path.isdir(path):
-        raise Failure("it is a folder without pictures")
-    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+def pages(path: str, one: bool) -> Iterator[tuple[str, Image.Image | str]]:
+    """The pages of a picture file, or of standard input, with their names, or why it cannot be opened.
+
+    one: a file of several pages is refused.
+    """
     try:
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
-        kind = "is HEIC, AVIF or a film" if content[4:8] == b"ftyp" else "is not a picture"
-        raise Failure(f"it {kind}; save it as JPEG") from error
-    if picture.width * picture.height > MOST_READ:
-        raise Failure(f"it is too large: more than {MOST_READ:,} pixels")
-    last = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
-    for number in range(last):
-        picture.seek(number)
+        if os.path.isdir(path):
+            os.listdir(path)  # or why it may not be read
+            raise Failure("it is a folder without pictures")
+        if path == "-":
+            data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
+        else:
+            data = Path(path).read_bytes()
+        if not data:
+            raise Failure("nothing comes from standard input" if path == "-" else "it is empty")
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        last = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+        if one and last > 1:
+            raise Failure(f"it has {last} pages, and --seen draws one")
+        for number in range(last):
+            picture.seek(number)
+            if picture.width * picture.height > MOST_READ:
+                raise Failure(f"it is too large: more than {MOST_READ:,} pixels")
+            yield path if last == 1 else f"{path} page {number + 1}", loaded(picture, data)
+    except Image.UnidentifiedImageError:
+        kind = "is HEIC, AVIF or a film" if data[4:8] == b"ftyp" else "is not a picture"
+        yield path, f"it {kind}; save it as JPEG"
+    except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
+        yield path, getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def loaded(picture: Image.Image, data: bytes) -> Image.Image:
+    """The picture in a file of this content, with its pixels. A JPEG that only lacks its end is complete."""
+    try:
         picture.load()
-        yield path if last == 1 else f"{path} page {number + 1}", picture
+    except OSError:
+        if picture.format != "JPEG":
+            raise
+        picture = Image.open(io.BytesIO(data + b"\xff\xd9"))
+        if picture.convert("L").crop((picture.width - 8, picture.height - 8, *picture.size)).getextrema() == (128, 128):
+            raise  # what is missing is grey
+    return picture
 
 
 def line_of(reading: Reading) -> str:
@@ -81,7 +112,7 @@ def line_of(reading: Reading) -> str:
     if len(reading.digits) == 1:
         (p, q), (first, second) = (part.tolist() for part in reading.digits[0].probabilities.topk(2))
         return f"{first} ({100 * p:.1f}%), then {second} ({100 * q:.1f}%)"
-    texts = [" ".join(f"{digit.value}{'?' * (digit.probability < 0.9)}" for digit in row) for row in reading.rows]
+    texts = [" ".join(f"{digit.value}{'?' * (digit.probability < DOUBTFUL)}" for digit in row) for row in reading.rows]
     return " / ".join(texts)
 
 
@@ -97,22 +128,13 @@ def object_of(name: str, reading: Reading) -> str:
     return json.dumps({"file": name, "digits": read, "left_out": left_out, **problem})
 
 
-def readings(files: Iterable[str], net: Net) -> Iterator[tuple[str, Reading, Image.Image | None]]:
-    """The name of each picture and what is read in it, and the picture itself where the file can be opened."""
-    for file in files:
-        try:
-            for name, picture in pages(file):
-                yield name, read_picture(picture, net), picture
-        except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
-            problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            yield file, Reading(problem=problem), None
-
-
 def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int:
     """Print what each picture's digits are, and draw the picture to seen. Returns the exit status: 1 if any failed."""
     warnings.simplefilter("ignore")  # Pillow's, of damage that does not hinder
+    Image.MAX_IMAGE_PIXELS = None  # pages() has its own limit
     status = 0
-    for name, reading, picture in readings(picture_files(paths), net):
+    for name, picture in itertools.chain.from_iterable(pages(file, bool(seen)) for file in picture_files(paths)):
+        reading = Reading(problem=picture) if isinstance(picture, str) else read_picture(picture, net)
         if as_json:
             print(object_of(name, reading))
         elif reading.digits:
@@ -122,8 +144,8 @@ def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int
             status = 1
         elif reading.left_out:
             print(f"predict.py: {name}: marks left out: {len(reading.left_out)}", file=sys.stderr)
-        if seen and picture:
-            save(seen, draw(picture, reading))
+        if seen and reading.sheet is not None:
+            save(seen, draw(reading))
     return status
 
 

@@ -1,11 +1,11 @@
-"""From a picture to marks: the ink on its paper, connected ink, and what of it is lines, frames or edges.
+"""From a picture to marks: the ink on its paper, the printed lines in it, and connected ink.
 
-Ink is what differs from the paper around it (find_ink, strokes). Connected ink is a mark (find_marks); frames and edges
-of the paper are ignored (find_candidates), and so are printed lines (find_lines).
+Ink is what differs from the paper around it (find_ink), and what is long and thin of it is a line (find_lines).
+Connected ink is a mark, joined over small gaps (find_marks). The thresholds are shares of a length or a contrast.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +27,10 @@ class Box(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Connected ink: its rows and columns, which of the pixels there (H, W) it covers, and how strong its ink is."""
+    """Connected ink: its rows and columns, and which of the pixels there (H, W) it covers."""
 
     place: tuple[slice, slice]
     mask: np.ndarray
-    contrast: float
 
     @property
     def box(self) -> Box:
@@ -50,18 +49,45 @@ class Mark(NamedTuple):
     def size(self) -> int:
         return max(self.mask.shape)
 
+    @property
+    def length(self) -> float:
+        """The length of its strokes."""
+        return self.mask.sum() / stroke_width(self.mask)
+
+    def fits(self, usual: float) -> bool:
+        """Whether it may be a digit, or some that touch, among marks of this usual height: no speck, frame or line.
+
+        Nor specks that were joined, whose strokes are shorter than half the mark, nor a blob.
+        """
+        fits = 0.35 * usual <= self.height <= 2 * usual and self.width < 8 * usual
+        return fits and 2 * self.length > self.size > 2 * stroke_width(self.mask)
+
+    @property
+    def middle(self) -> float:
+        """Its height on the sheet."""
+        return (self.box.top + self.box.bottom) / 2
+
+    def part(self, keep: np.ndarray) -> "Mark":
+        """The pixels of the mark that are to be kept (H, W)."""
+        y, x = bounds(keep)
+        top, left = self.box.top, self.box.left
+        return Mark((slice(top + y.start, top + y.stop), slice(left + x.start, left + x.stop)), keep[y, x].copy())
+
 
 # ---------------------------------------------------------------- paper and ink
 
 MOST_PIXELS = 1_000_000  # larger pictures are shrunk to this many
 FAINTEST = 0.06  # ink differs from its paper by this share of the paper's brightness at least
+WEAK, STRONG = 0.3, 0.5  # shares of the strongest ink nearby, and of the usual ink: what is connected, and what starts
+LINE = 0.15  # share of the usual ink in which lines are found: between strong strokes they are fainter
 
 
 def flatten(picture: Image.Image, paper: str) -> np.ndarray:
     """The picture, upright and over paper of this colour where it is transparent: (H, W, 3) in [0, 255]."""
     if picture.mode in ("L", "RGB", "CMYK"):  # what cameras and scanners make, cheaply before all else
-        picture = picture.reduce(max(1, int(math.sqrt(picture.width * picture.height / (4 * MOST_PIXELS)))))
-    picture = ImageOps.exif_transpose(picture)
+        picture = picture.reduce(max(1, int(math.sqrt(picture.width * picture.height / MOST_PIXELS))))
+    with contextlib.suppress(Exception):  # Pillow raises nearly anything for damaged EXIF
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which Pillow would clip to 8
         values = np.asarray(picture, dtype=np.float32)
         if not np.isfinite(values).all():
@@ -95,13 +121,13 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def find_ink(colours: np.ndarray, signs: tuple[int, ...], nearby: bool) -> tuple[np.ndarray, np.ndarray, float]:
-    """How much each pixel differs from its paper, or from the paper nearby, as a share of the light there.
+def find_ink(sheet: np.ndarray, signs: tuple, nearby: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How much each pixel differs from its paper, as a share of its brightness, where that is a stroke, and the lines.
 
-    From (H, W, 3) in [0, 255] to ink (H, W), the same smoothed, and the value below which the latter is noise. signs:
-    -1 where ink may be darker than its paper, 1 where it may be lighter. Raises Failure where nothing stands out.
+    From (H, W, 3) in [0, 255] to (H, W) each. signs: -1 where ink may be darker than its paper, 1 where it may be
+    lighter. nearby: see without_ink(). Raises Failure where nothing stands out.
     """
-    small = Image.fromarray(np.uint8(colours))
+    small = Image.fromarray(np.uint8(sheet))
     small.thumbnail((100, 100), Image.Resampling.BOX)
     weights, papers = [], []
     for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
@@ -111,47 +137,31 @@ def find_ink(colours: np.ndarray, signs: tuple[int, ...], nearby: bool) -> tuple
         weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
         papers.append(paper)
     weights = np.array(weights) / max(np.abs(weights).sum(), 1e-9)
-    grey = colours @ np.float32(weights)  # the mixture of the channels in which the ink is lightest
-    height, width = grey.shape
-    light = Image.fromarray(np.mean(papers, axis=0)).resize((width, height), Image.Resampling.BILINEAR)
-    light = np.asarray(light) + 30  # a black board is no less noisy than a grey one
+    grey = sheet @ np.float32(weights)  # the mixture of the channels in which the ink is lightest
+    grey /= np.mean(papers) + 30  # a black board is no less noisy than a grey one
     blur = min(grey.shape) / 200
     smooth = ndimage.gaussian_filter(grey, blur / 2)
     paper = without_ink(smooth, nearby)
-    smooth = (smooth - paper) / light
-    smooth -= np.percentile(smooth, 10)  # of paper: where there is noise, its lowest was taken for the paper
+    smooth -= paper
+    smooth -= np.percentile(smooth, 10)  # where there is noise, its lowest was taken for the paper
     noise = 1.5 * np.median(np.abs(smooth - ndimage.gaussian_filter(smooth, blur)))  # its standard deviation
     faintest = max(FAINTEST, 5 * noise)
     if smooth.max() <= faintest:
         raise Failure("nothing on it stands out from its paper")
-    return (grey - paper) / light, smooth, faintest
-
-
-def strokes(ink: np.ndarray, faintest: float) -> np.ndarray:
-    """Where ink (H, W) is a stroke: half as strong as the strongest near it, or weaker and connected to such ink."""
-    strongest = ndimage.maximum_filter(ink, 1 + min(ink.shape) // 8)
-    weak, strong = (np.maximum(faintest, share * strongest) for share in (0.3, 0.5))
-    return apply_hysteresis_threshold(ink, weak, strong)
+    # A stroke is half as strong as the strongest ink near it and the usual ink, or weaker and connected to such ink.
+    strongest, usual = ndimage.maximum_filter(smooth, 1 + min(smooth.shape) // 8), 0
+    for _ in range(2):
+        weak, strong = (np.maximum(faintest, share * np.maximum(strongest, usual)) for share in (WEAK, STRONG))
+        mask = apply_hysteresis_threshold(smooth, weak, strong)
+        usual = np.average(smooth[mask], weights=smooth[mask] ** 3)  # a little ink outweighs much grain
+    lines = find_lines(smooth > max(faintest, LINE * usual))
+    return grey - paper, mask & ~lines, mask & lines
 
 
 # ---------------------------------------------------------------- marks
 
-MOST_MARKS = 3000  # more are noise or text
-
-
-def find_marks(labels: np.ndarray, ink: np.ndarray) -> list[Mark]:
-    """A mark for each number in labels (H, W), with its contrast in this ink or smoothed ink (H, W).
-
-    Dust is omitted, and not counted as left out. Raises Failure where the marks are too many.
-    """
-    marks = []
-    for region in regionprops(labels):
-        if max(region.image.shape) >= max(3, min(labels.shape) / 80):
-            contrast = max(1e-6, float(np.percentile(ink[region.slice][region.image], 90)))  # noise may be below 0
-            marks.append(Mark(region.slice, region.image, contrast))
-    if len(marks) > MOST_MARKS:
-        raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
-    return marks
+BORDER = 0.6  # of its size: a mark along so much of the picture's border is a desk around the paper
+DOT = 3  # stroke widths: what is shorter is part of what is next to it
 
 
 def bounds(mask: np.ndarray) -> tuple[slice, slice]:
@@ -160,84 +170,46 @@ def bounds(mask: np.ndarray) -> tuple[slice, slice]:
     return place
 
 
-def canvas(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
-    """The mask (H, W) of these marks."""
-    mask = np.zeros(shape, bool)
-    for mark in marks:
-        mask[mark.place] |= mark.mask
-    return mask
-
-
-def partition(marks: list[Mark], chosen: Iterable[bool]) -> tuple[list[Mark], list[Mark]]:
-    """The marks that are chosen, and the others."""
-    pairs = list(zip(marks, chosen, strict=True))
-    return [mark for mark, yes in pairs if yes], [mark for mark, yes in pairs if not yes]
-
-
-def weighted_median(values: list[float], weights: list[float]) -> float:
-    """The value that splits the weights into halves."""
-    return float(np.quantile(values, 0.5, weights=weights, method="inverted_cdf"))
-
-
-def usual_height(marks: list[Mark]) -> float:
-    """The median height, weighted by height: a few digits outweigh many specks or lines."""
-    heights = [mark.height for mark in marks]
-    return weighted_median(heights, heights)
-
-
-def usual_contrast(marks: list[Mark]) -> float:
-    """The median contrast, weighted by ink."""
-    return weighted_median([mark.contrast for mark in marks], [mark.contrast * mark.mask.sum() for mark in marks])
-
-
-def are_edges(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
-    """Which marks (N,) run along the picture's border, as a desk around the paper does. If all do, none."""
-    border = np.ones(shape, bool)
-    border[1:-1, 1:-1] = False
-    edges = np.array([(border[mark.place] & mark.mask).sum() > 0.6 * mark.size for mark in marks], bool)
-    return edges & ~edges.all()
-
-
-def are_frames(marks: list[Mark]) -> np.ndarray:
-    """Which marks (N,) have others in their box that add up to 0.3 of their size, or are grids, with over 20 holes."""
-    left, top, right, bottom = np.array([mark.box for mark in marks]).reshape(-1, 4).T
-    sizes, contrasts = np.array([(mark.size, mark.contrast) for mark in marks]).reshape(-1, 2).T
-    # inside[i, j]: mark j lies in the box of mark i
-    inside = (left[:, None] <= left) & (top[:, None] <= top) & (right[:, None] >= right) & (bottom[:, None] >= bottom)
-    inside &= (contrasts > 0.3 * contrasts[:, None]) & ~np.eye(len(marks), dtype=bool)
-    holes = [np.bincount(label(~mark.mask).flat)[1:] > mark.mask.size / 1000 for mark in marks]  # pale ink has smaller
-    return (inside @ sizes > 0.3 * sizes) | (np.array([large.sum() for large in holes]) > 20)
-
-
 def stroke_width(mask: np.ndarray) -> float:
     """The strokes' mean width: in a stroke w pixels wide the mean distance to the paper is w / 4 + 1 / 2."""
     return 4 * (ndimage.distance_transform_edt(np.pad(mask, 1)).sum() / max(1, mask.sum()) - 0.5)
 
 
-def join_broken(marks: list[Mark], ink: np.ndarray, gap: float) -> list[Mark]:
-    """The marks, with those joined that are less than a gap apart, a share of the usual height.
+def usual_height(marks: list[Mark]) -> float:
+    """The median height, weighted by height: a few digits outweigh many specks or lines."""
+    heights = [mark.height for mark in marks]
+    return float(np.quantile(heights, 0.5, weights=heights, method="inverted_cdf")) if marks else 0
 
-    A dot, a mark shorter than three stroke widths, is no digit but part of what is next to it.
-    """
-    mask = canvas(marks, ink.shape)
-    widths, areas = np.array([(stroke_width(mark.mask), mark.mask.sum()) for mark in marks]).T
-    width = weighted_median(widths, areas / widths)  # by length: a stamp is no long stroke
-    dots = [mark for mark in marks if mark.size < 3 * width]
-    near = ndimage.distance_transform_edt(~mask) <= gap / 2 * usual_height(marks)  # half a gap from either side
+
+def connected(labels: np.ndarray) -> list[Mark]:
+    """A mark for each number in labels (H, W), without dust."""
+    least = max(3, min(labels.shape) / 80)
+    return [Mark(region.slice, region.image) for region in regionprops(labels) if max(region.image.shape) >= least]
+
+
+def distance(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
+    """How far each pixel (H, W) is from these marks."""
+    away = np.ones(shape, bool)
+    for mark in marks:
+        away[mark.place] &= ~mark.mask
+    return ndimage.distance_transform_edt(away)
+
+
+def find_marks(mask: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
+    """The marks in a mask (H, W), joined over gaps of this share of the usual height, and those along its border."""
+    border = np.ones(mask.shape, bool)
+    border[1:-1, 1:-1] = False
+    marks, edges = [], []
+    for mark in connected(label(mask)):
+        (edges if (border[mark.place] & mark.mask).sum() > BORDER * mark.size else marks).append(mark)
+    if not marks:  # perhaps one digit as large as the picture
+        return edges, []
+    away = distance(marks, mask.shape)
+    width, near = stroke_width(away == 0), away <= gap / 2 * usual_height(marks)  # half a gap from either side
+    dots = [mark for mark in marks if mark.size < DOT * width]
     if dots:
-        far = 1.5 * min(width, np.median([mark.size for mark in dots]))
-        near |= ndimage.distance_transform_edt(~canvas(dots, ink.shape)) <= far
-    return find_marks(label(near) * mask, ink)
-
-
-def find_candidates(mask: np.ndarray, ink: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark], list[Mark]]:
-    """The marks in a mask (H, W) that may be digits, joined over gaps (see join_broken), the frames, and the edges."""
-    marks = find_marks(label(mask), ink)
-    edges, marks = partition(marks, are_edges(marks, mask.shape))
-    if marks and gap:
-        marks = join_broken(marks, ink, gap)
-    frames, marks = partition(marks, are_frames(marks))
-    return marks, frames, edges
+        near |= distance(dots, mask.shape) <= 1.5 * min(width, np.median([dot.size for dot in dots]))
+    return connected(label(near) * (away == 0)), edges
 
 
 # ---------------------------------------------------------------- lines
@@ -252,17 +224,16 @@ def lines_across(mask: np.ndarray) -> np.ndarray:
     line = np.zeros_like(mask)
     for region in regionprops(label(ndimage.maximum_filter(runs, window)) * runs):
         tall, long = region.image.shape
-        if long >= 0.45 * width and region.area <= long**2 / 8 and tall <= long / 6:
+        if long >= 0.45 * width and tall <= long / 6:
             line[region.slice] |= region.image
     return line
 
 
-def find_lines(mask: np.ndarray, ink: np.ndarray) -> np.ndarray:
+def find_lines(mask: np.ndarray) -> np.ndarray:
     """The pixels of lines in a mask (H, W), across and down, that are longer than the digits."""
     lines = lines_across(mask) | lines_across(mask.T).T
-    marks, _, _ = find_candidates(mask & ~lines, ink, gap=0)
-    least = 1.3 * usual_height(marks) if marks else 0
-    for region in regionprops(label(lines)):
-        if max(region.image.shape) <= least:
-            lines[region.slice] &= ~region.image
-    return lines
+    marks = connected(label(mask & ~lines))
+    short = [line for line in connected(label(lines)) if line.size <= 1.3 * usual_height(marks)]
+    if short:
+        lines &= distance(short, mask.shape) > 0
+    return lines & ~ndimage.grey_opening(mask, max(12, max(mask.shape) // 40))  # a stroke's thick parts stay

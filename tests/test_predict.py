@@ -1,6 +1,8 @@
 """The suite of predict.py: it draws its own sheets, other ones than the README's table."""
 
+import io
 import json
+import os
 import re
 import runpy
 from pathlib import Path
@@ -155,9 +157,14 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch
     ImageDraw.Draw(line).line((50, 150, 350, 160), fill=0, width=6)
     for y in range(20, 920, 15):
         ImageDraw.Draw(page).text((20, y), "the quick brown fox jumps over the lazy dog " * 3, fill=0)
+    drawing((300, 300), (7, 100, 60, 180, 12)).save("half.jpg")
+    Image.fromarray(np.full((300, 200), np.nan, np.float32)).save("nan.tif")
     Path("folder.png").mkdir()
+    Path("locked.png").mkdir(mode=0)
     bad = {
-        "empty": (b"", "it is not a picture"),
+        "empty": (b"", "it is empty"),
+        "half": (Path("half.jpg").read_bytes()[:3000], "image file is truncated"),
+        "nan": (Path("nan.tif").read_bytes(), "it holds values that are not finite"),
         "cut": (Path("good.png").read_bytes()[:500], "image file is truncated"),
         "text": (b"seven", "it is not a picture"),
         "dot": (Image.new("L", (1, 1), 255), "nothing on it stands out from its paper"),
@@ -168,8 +175,9 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch
         "gradient": (Image.fromarray(np.uint8(np.linspace(60, 250, 400) * np.ones((300, 1)))), "nothing on it"),
         "line": (line, "nothing on it has the size and shape of a digit"),
         "print": (page, r"(\d+ marks are on it|nothing on it has the size and shape)"),
-        "huge": (Image.new("1", (16_000, 10_000)), "it is too large"),
+        "huge": (Image.new("1", (16_000, 12_000)), "it is too large"),
         "folder": (None, "it is a folder without pictures"),
+        "locked": (None, "(Permission denied|it is a folder without pictures)"),  # root may read it
         "missing": (None, "No such file or directory"),
     }
     for name, (content, _) in bad.items():
@@ -207,6 +215,10 @@ def test_seen_draws_what_is_left_out_and_a_refused_picture_over_its_own_file_onl
     assert (status, out) == (0, [f"{page}: 7 3"])
     assert re.fullmatch(r"predict\.py: .+page\.png: marks left out: \d+", err[0])
     assert seen.read_bytes() != refused
+    white = Image.merge(
+        "LA", (Image.new("L", (300, 300), 255), drawing((300, 300), (7, 99, 60, 180, 12, 255), paper=0))
+    )
+    assert reader.read_picture(white, reader.committed_net()).sheet.min() == 0  # not white on white
 
 
 def test_json_folders_and_the_pages_of_a_tiff(tmp_path, capsys):
@@ -214,14 +226,35 @@ def test_json_folders_and_the_pages_of_a_tiff(tmp_path, capsys):
     pages[0].save(tmp_path / "scan.tif", save_all=True, append_images=pages[1:])
     pages[1].save(tmp_path / "seven.png")
     (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "._seven.png").write_bytes(b"what macOS writes")
+    os.mkfifo(tmp_path / "pipe.png")
+    told(capsys, tmp_path / "seven.png", "--seen", tmp_path / "seen.png")
+    # Damage that leaves every pixel: a tag that is not text, and no end of the file.
+    exif = bytes.fromhex("49492a0008000000020012010300010000000600000000010100020000001400000004a439b4408a")
+    pages[1].save(tmp_path / "turned.jpg", exif=b"Exif\0\0" + exif)
+    (tmp_path / "turned.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:-2])
     status, out, err = told(capsys, "--json", tmp_path)
     objects = [json.loads(line) for line in out]
     assert (status, err) == (0, [])
-    assert [each["digits"][0]["digit"] for each in objects] == [4, 7, 7]
+    assert [each["digits"][0]["digit"] for each in objects] == [4, 7, 7, 7]
     assert objects[1]["file"] == f"{tmp_path / 'scan.tif'} page 2"
     (left, top, right, bottom), probability = objects[2]["digits"][0]["box"], objects[2]["digits"][0]["probability"]
     assert (left, top, right, bottom) == pytest.approx((94, 54, 210, 246), abs=6)
     assert 0.9 < probability <= 1
+    status, out, err = told(capsys, tmp_path / "scan.tif", "--seen", tmp_path / "seen.png")
+    assert (status, out, len(err)) == (1, [], 1)
+
+
+def test_a_defect_of_the_reader_shows_its_traceback(monkeypatch):
+    monkeypatch.setattr(predict, "read_picture", lambda picture, net: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict.main([str(HERE / "assets" / "seven.png")])
+
+
+def test_no_standard_input(monkeypatch, capsys):
+    for stream in None, io.TextIOWrapper(io.BytesIO()):
+        monkeypatch.setattr("sys.stdin", stream)
+        assert told(capsys, "-")[2] == ["predict.py: error: cannot read -: nothing comes from standard input"]
 
 
 def test_weights_that_are_none(tmp_path, capsys):
@@ -246,5 +279,5 @@ def test_the_readme_shows_what_is_printed(tmp_path, monkeypatch, capsys):
         assert ended.value.code == ("missing.png" in command)
         assert "$ python predict.py " + command + "\n" + "".join(capsys.readouterr()) in readme
     table = (HERE / "results" / "sheets.txt").read_text(encoding="utf-8")
-    rows = re.findall(r"^(.{14}) +(\d+\.\d)%$", table, re.MULTILINE)
-    assert [kind.rstrip() for kind, _ in rows] == sheets.KINDS + sheets.PAGES
+    rows = re.findall(r"^(.{14}) +\d+\.\d% +\d+\.\d%$", table, re.MULTILINE)
+    assert [kind.rstrip() for kind in rows] == sheets.KINDS + sheets.PAGES + sheets.FORMS
