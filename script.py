@@ -234,6 +234,8 @@ def make_optimizer(net: nn.Module, recipe: Recipe, total_steps: int) -> tuple[to
     """Adam, and its schedule over total_steps steps."""
     optimizer = torch.optim.Adam(net.parameters(), recipe.max_lr, weight_decay=recipe.weight_decay, fused=True)
     cycle = {name: getattr(recipe, name) for name in ("pct_start", "div_factor", "final_div_factor", "cycle_momentum")}
+    if recipe.pct_start * total_steps == 1:  # OneCycleLR would divide by 0
+        cycle["pct_start"] = 0.0
     return optimizer, OneCycleLR(optimizer, recipe.max_lr, total_steps, **cycle)
 
 
@@ -246,7 +248,8 @@ def train(backend, loader: Loader, optimizer, scheduler, epoch: int) -> tuple[fl
         learning_rate = scheduler.get_last_lr()[0]
         loss, right = backend.forward_backward(images, labels)
         if not math.isfinite(loss):
-            raise Failure(f"the loss is not finite: epoch {epoch}, step {index + 1}; begin anew with a lower --max-lr")
+            where = f"epoch {epoch}, step {index + 1} of {len(loader)}, learning rate {learning_rate:.3g}"
+            raise Failure(f"the loss is not finite: {where}; begin anew with a lower --max-lr")
         backend.step(optimizer)
         scheduler.step()
         total_loss += loss * len(labels)
@@ -478,7 +481,6 @@ def fit(run: Run, train_loader: Loader, test_loader: Loader) -> None:
         run.history.append(dict(zip(HISTORY, row, strict=True)))
         run.say(f"{bar}\n\n{'Held-out' if run.recipe.holdout else 'Test'} set: {score}\n")
         run.save_checkpoint()
-
     # Scored again: a run that is resumed only for its pictures has no score from above.
     finish(run, test(backend, test_loader), train_loader, test_loader)
 
@@ -507,8 +509,7 @@ def finish(run: Run, score: Score, train_loader: Loader, test_loader: Loader) ->
 
 def evaluate(weights: Path, data_dir: Path, device: torch.device) -> None:
     """Print the test line, each digit's accuracy and the confusion matrix."""
-    net = load_net(weights).to(device)
-    score = test(EagerBackend(net), Loader(*load_mnist(data_dir, False, device)))
+    score = test(EagerBackend(load_net(weights).to(device)), Loader(*load_mnist(data_dir, False, device)))
     print(f"Test set: {score}\n\ndigit  accuracy  classified as" + "".join(f"{digit:>6}" for digit in range(10)))
     for digit, row in enumerate(score.confusion.tolist()):
         print(f"{digit:>5}  {100 * row[digit] / sum(row):7.2f}%         " + "".join(f"{count:>6}" for count in row))
@@ -568,9 +569,8 @@ def run_script(args: argparse.Namespace, recipe: Recipe) -> int:
         loaders = make_loaders(run.recipe, args.data_dir, device)
     else:
         loaders = make_loaders(recipe, args.data_dir, device)
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{recipe.seed}"
         for ending in "", *(f"-{number}" for number in range(2, 1000)):  # of runs that begin in the same second
-            folder = (args.out_dir or Path("runs")) / (name + ending)
+            folder = (args.out_dir or Path("runs")) / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{recipe.seed}{ending}"
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 break

@@ -176,6 +176,8 @@ def test_one_cycle_follows_the_recipe_for_37500_steps():
         cosine = [low + (recipe.max_lr - low) * (1 - math.cos(math.pi * part / 8)) / 2 for part in range(9)]
         measured = [rates[round(start + (end - start) * part / 8)] for part in range(9)]
         assert measured == pytest.approx(cosine, rel=1e-3)
+    rates, _ = cycle(recipe, 5)  # of which a fifth is one step
+    assert 0 < min(rates) < max(rates) <= recipe.max_lr
     _, betas = cycle(script.RECIPES["source"], 1000)
     first, *others = [beta1 for beta1, _ in betas]
     assert (first, min(others), others[198], others[-1]) == pytest.approx((0.95, 0.85, 0.85, 0.95))
@@ -800,5 +802,5 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(script.EagerBackend, "forward_backward", once_nan)
     line = refused(capsys, "--epochs", "2", "--no-cpp", "--device", "cpu", "--out-dir", tmp_path)
-    assert line.startswith("the loss is not finite: epoch 2, step 10; ")
+    assert line.startswith("the loss is not finite: epoch 2, step 10 of 30, ")
     assert len(script.load(only_run(tmp_path) / "checkpoint.pt")["history"]) == 1
