@@ -67,23 +67,27 @@ def sheet(images: Tensor, titles: list[str]) -> Figure:
     return figure
 
 
-def seen(picture: np.ndarray, size: tuple[int, int], frames: list[tuple], fields: list[tuple[Tensor, str]]) -> Figure:
-    """What predict.py saw: a picture (H, W, 3), drawn in this size (width, height), with frames on it, and the fields.
+def seen(reading) -> Figure:
+    """What predict.py saw: the picture of a reader.Reading, with frames around its marks, and the fields of its digits.
 
-    Each frame is its box (left, top, right, bottom), colour and text; each field its image (28, 28) and title.
+    Digits have red frames, the rest blue ones.
     """
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.imshow(picture, extent=(0, size[0], size[1], 0))
-    for (x, y, x_end, y_end), colour, text in frames:
+    height, width = (side * reading.scale for side in reading.sheet.shape[:2])
+    left.imshow(reading.sheet / 255, extent=(0, width, height, 0))
+    marks = [(mark, "tab:blue", "") for mark in reading.left_out]
+    for mark, colour, text in marks + [(digit.mark, "tab:red", digit.value) for digit in reading.digits]:
+        x, y, x_end, y_end = reading.box(mark)
         left.add_patch(Rectangle((x, y), x_end - x, y_end - y, fill=False, edgecolor=colour))
         left.text(x, y, text, color=colour, fontsize=9, ha="right", va="bottom", clip_on=True)
-    columns = max(4, math.ceil(math.sqrt(len(fields))))
-    for index, (image, title) in enumerate(fields):
+    columns = max(4, math.ceil(math.sqrt(len(reading.digits))))
+    for index, digit in enumerate(reading.digits):
         x, y = 32 * (index % columns), 38 * (index // columns)
-        right.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(x, x + 28, y + 28, y))
+        right.imshow(digit.field[0], cmap="gray", vmin=0, vmax=1, extent=(x, x + 28, y + 28, y))
+        title = f"{digit.value} {100 * digit.probability:.0f}%"
         right.text(x + 14, y - 1, title, ha="center", fontsize=min(10, 60 / columns))
-    right.set(xlim=(-4, 32 * columns), ylim=(38 * math.ceil(max(1, len(fields)) / columns), -10))
+    right.set(xlim=(-4, 32 * columns), ylim=(38 * math.ceil(max(1, len(reading.digits)) / columns), -10))
     left.axis("off")
     right.axis("off")
     return figure

@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from reader import Reading, read_picture
@@ -27,40 +26,25 @@ from script import REFERENCE, Failure, Net, load_net, run_command, save
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_READ = 150_000_000  # pixels
+ENDINGS = [end for end, name in Image.registered_extensions().items() if name in FORMATS] + [".heic", ".heif"]
 OWN = {"Software": "predict.py --seen"}  # by which a PNG says that it may be overwritten
-
-
-def draw(reading: Reading) -> bytes:
-    """The picture with a red frame around each digit, a blue one around what was left out, and the fields, as a PNG."""
-    import pictures  # here, as matplotlib takes as long to import as a picture to be read
-
-    frames = [(reading.box(mark), "tab:blue", "") for mark in reading.left_out]
-    frames += [(reading.box(digit.mark), "tab:red", str(digit.value)) for digit in reading.digits]
-    fields = [(digit.field[0], f"{digit.value} {100 * digit.probability:.0f}%") for digit in reading.digits]
-    height, width = (round(side * reading.scale) for side in reading.sheet.shape[:2])
-    return pictures.png(pictures.seen(np.uint8(reading.sheet), (width, height), frames, fields), OWN)
 
 
 def is_own(path: Path) -> bool:
     """Whether a file is a picture that --seen drew."""
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            return OWN.items() <= picture.info.items()
-    except Exception:  # Pillow's decoders raise nearly anything
-        return False
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as picture:  # Pillow raises nearly anything
+        return OWN.items() <= picture.info.items()
+    return False
 
 
-def picture_files(paths: list[str]) -> Iterator[str]:
-    """These paths, with the pictures in a folder instead of the folder, without those that --seen drew."""
-    endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
-    endings += [".heic", ".heif"]  # phones' pictures, to be refused with a reason
-    for path in paths:
-        inside = []
-        with contextlib.suppress(OSError):  # no folder, or one that may not be read: pages() says so
-            inside = [Path(path, name) for name in sorted(os.listdir(path))]
-        # macOS writes ._x.jpg beside x.jpg; a named pipe would wait for ever.
-        inside = [file for file in inside if file.suffix.lower() in endings and not file.name.startswith("._")]
-        yield from [str(file) for file in inside if not file.is_fifo() and not is_own(file)] or [path]
+def picture_files(path: str) -> list[str]:
+    """A path, or the pictures in it if it is a folder that has some, without those that --seen drew."""
+    with contextlib.suppress(OSError):  # not a folder, or one that may not be read: pages() says so
+        # macOS writes ._x.jpg beside x.jpg, and a named pipe would wait for ever.
+        files = [Path(path, name) for name in sorted(os.listdir(path)) if not name.startswith("._")]
+        files = [file for file in files if file.suffix.lower() in ENDINGS and not file.is_fifo() and not is_own(file)]
+        return [str(file) for file in files] or [path]
+    return [path]
 
 
 def pages(path: str, one: bool) -> Iterator[tuple[str, Image.Image | str]]:
@@ -68,14 +52,15 @@ def pages(path: str, one: bool) -> Iterator[tuple[str, Image.Image | str]]:
 
     one: a file of several pages is refused.
     """
+    data = b""
     try:
         if os.path.isdir(path):
             os.listdir(path)  # or why it may not be read
             raise Failure("it is a folder without pictures")
-        if path == "-":
-            data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-        else:
+        if path != "-":
             data = Path(path).read_bytes()
+        elif sys.stdin and not sys.stdin.isatty():
+            data = sys.stdin.buffer.read()
         if not data:
             raise Failure("nothing comes from standard input" if path == "-" else "it is empty")
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -99,10 +84,9 @@ def loaded(picture: Image.Image, data: bytes) -> Image.Image:
     try:
         picture.load()
     except OSError:
-        if picture.format != "JPEG":
-            raise
         picture = Image.open(io.BytesIO(data + b"\xff\xd9"))
-        if picture.convert("L").crop((picture.width - 8, picture.height - 8, *picture.size)).getextrema() == (128, 128):
+        corner = picture.convert("L").crop((picture.width - 8, picture.height - 8, *picture.size))
+        if picture.format != "JPEG" or corner.getextrema() == (128, 128):
             raise  # what is missing is grey
     return picture
 
@@ -133,7 +117,8 @@ def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int
     warnings.simplefilter("ignore")  # Pillow's, of damage that does not hinder
     Image.MAX_IMAGE_PIXELS = None  # pages() has its own limit
     status = 0
-    for name, picture in itertools.chain.from_iterable(pages(file, bool(seen)) for file in picture_files(paths)):
+    files = [file for path in paths for file in picture_files(path)]
+    for name, picture in itertools.chain.from_iterable(pages(file, bool(seen)) for file in files):
         reading = Reading(problem=picture) if isinstance(picture, str) else read_picture(picture, net)
         if as_json:
             print(object_of(name, reading))
@@ -145,7 +130,9 @@ def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int
         elif reading.left_out:
             print(f"predict.py: {name}: marks left out: {len(reading.left_out)}", file=sys.stderr)
         if seen and reading.sheet is not None:
-            save(seen, draw(reading))
+            import pictures  # here, as matplotlib takes as long to import as a picture to be read
+
+            save(seen, pictures.png(pictures.seen(reading), OWN))
     return status
 
 

@@ -1,15 +1,12 @@
 """Handwritten digits in a picture: segment.py finds the ink and its marks, read.py what digits they are.
 
-    picture -> sheet        upright, over paper, a million pixels at most                            flatten
-    sheet -> ink            what differs from its paper, if strong enough to be a stroke              find_ink
-    ink -> lines            long and thin, found in fainter ink; read with them and without          find_lines
-    ink -> marks            connected ink, joined over small gaps, or over large ones                find_marks
-    mark -> digit           a field as MNIST's own, classified; cut where it is likelier two         as_mnist, split
-    digits -> reading       in rows; the first reading that is sure, or else the best                read_sheet
-
-A sheet is read at most nine times: with three ideas of its paper and ink, and three times each.
+picture -> sheet      upright, over paper, a million pixels at most                          flatten
+sheet -> ink, lines   what differs from its paper; of that, what is long and thin            find_ink, find_lines
+ink -> marks          connected ink, joined over small gaps, or over large ones              find_marks
+mark -> digit         drawn as MNIST's are, and classified; cut if two are likelier          as_mnist, split
+digits -> reading     in rows; of up to six the first that is sure, or else the best         readings, read_sheet
 """
 
-from reader.read import Reading, classify, committed_net, digits, read_picture
+from reader.read import Reading, classify, digits, read_picture
 
-__all__ = ["Reading", "classify", "committed_net", "digits", "read_picture"]
+__all__ = ["Reading", "classify", "digits", "read_picture"]

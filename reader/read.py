@@ -1,11 +1,6 @@
-"""From marks to digits: each as the network reads it, cut where digits touch, in rows, and the best of a few readings.
-
-A mark is made into a 28x28 field as MNIST's own were (as_mnist), and marks of touching digits are cut (split). A sheet
-is read in a few ways, until nearly all ink is read, and the reading with most ink in digits stands (read_sheet).
-"""
+"""From marks to digits: as the network reads them, cut where they touch, in rows, and the best of a few readings."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -15,64 +10,58 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
-from skimage.measure import label
 from torch import Tensor
 
-from reader.segment import Box, Mark, bounds, connected, find_ink, find_marks, flatten, stroke_width, usual_height
+from reader.segment import Mark, bounds, connected, find_ink, find_marks, flatten, mark_of, stroke_width, usual_height
 from script import MEAN, REFERENCE, STD, Failure, Net, load_net
 
-# ---------------------------------------------------------------- digits
-
+SIDE, INSIDE = 28, 20  # pixels of an MNIST field, and of the box in it that a digit fits
+FINE = 4  # pixels to one of the field, in which a digit is black on white before it becomes grey
 PEN = 2.4  # pixels of the field: strokes are drawn this wide where they would be thinner than MNIST's
+WIDE = 0.8  # of its height: a mark wider than this is less likely to be one digit
+EACH, THROUGH = 0.3, 0.45  # what each digit costs, and each stroke that a cut goes through, as -log(score)
+PAPERS = False, True  # the values of nearby, see find_ink(), in this order
+GAPS = (0.08, 0.6)  # over which ink is joined, as shares of the usual height; the second for badly broken strokes
+SURE = 0.8  # share of all strokes: a reading with this score needs no other
+MOST, MANY, UNLIKELY = 600, 50, 0.75  # more marks, or more than MANY with a lower median score, are noise or print
+DOUBTFUL = 0.9  # a less probable digit has a ? behind it; where most of three or more have, nothing is read
+Box = tuple[int, int, int, int]  # left, top, right and bottom in pixels; right and bottom lie outside
 
 
 class Digit(NamedTuple):
-    """A mark as the network reads it: its field (1, 28, 28), and the probability of each of the ten digits."""
+    """A mark as the network reads it."""
 
     mark: Mark
-    field: Tensor
-    probabilities: Tensor
-
-    @property
-    def value(self) -> int:
-        return self.probabilities.argmax().item()
-
-    @property
-    def probability(self) -> float:
-        return self.probabilities.max().item()
-
-    @property
-    def score(self) -> float:
-        """How likely the mark is one digit: the probability, less if it is wider than 0.8 of its height."""
-        return self.probability * np.clip(1.8 - self.mark.width / self.mark.height, 0.2, 1)
-
-    @property
-    def cost(self) -> float:
-        """What it adds to a way to cut a mark."""
-        return EACH - math.log(self.score)
+    field: Tensor  # (1, 28, 28) in [0, 1], ink towards 1
+    probabilities: Tensor  # of each of the ten digits
+    value: int  # the most probable digit
+    probability: float
+    score: float  # how likely the mark is one digit: the probability, less where it is wide
 
 
-def as_mnist(ink: np.ndarray, mask: np.ndarray) -> Tensor:
-    """A digit's ink (H, W) and its strokes as MNIST made its own: (1, 28, 28) in [0, 1].
+def resized(ink: np.ndarray, size: int) -> np.ndarray:
+    """The ink (H, W), resized so that its longer side has this size."""
+    height, width = (max(1, round(size * side / max(ink.shape))) for side in ink.shape)
+    way = Image.Resampling.BOX if size < max(ink.shape) else Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(np.float32(ink)).resize((width, height), way))
 
-    Scaled to fit 20x20 pixels, grey by antialiasing, and laid into 28x28 by its centre of mass,
-    as LeCun, Cortes and Burges describe. Strokes that would shrink to less than MNIST's are first drawn anew, wider.
+
+def as_mnist(ink: np.ndarray) -> Tensor:
+    """A digit's ink (H, W), 0 where there is none, as MNIST made its own: (1, 28, 28) in [0, 1].
+
+    Black on white, scaled to fit 20x20 pixels, grey by antialiasing, and laid into 28x28 by its centre of mass, as
+    LeCun, Cortes and Burges describe. Strokes that would be thinner than MNIST's are drawn wider.
     """
-    unit, stroke = max(mask[bounds(mask)].shape) / 20, stroke_width(mask)  # unit: a pixel of the field
-    wider = (PEN * unit - stroke) / 2 if stroke < 2 * unit else 0
-    strength = np.percentile(ink[mask], 90)
-    if wider >= 0.5 or strength <= 0:
-        digit = np.clip(wider + 0.5 - ndimage.distance_transform_edt(~np.pad(mask, math.ceil(wider))), 0, 1)
-    else:
-        grown = ndimage.binary_dilation(mask, iterations=max(1, round(unit / 10)))  # with its grey edge
-        digit = np.clip(ink / strength, 0, 1) * grown
-    digit = digit[bounds(digit > 0.25)]
-    height, width = (max(1, round(20 * side / max(digit.shape))) for side in digit.shape)
-    digit = np.asarray(Image.fromarray(np.float32(digit)).resize((width, height), Image.Resampling.BOX))
+    large = resized(ink[bounds(ink)], FINE * INSIDE)
+    black = np.pad(large > min(ink[ink > 0].mean(), large.max()) / 2, 2 * FINE)  # with room for wider strokes
+    wider = max(0, FINE * PEN - stroke_width(black)) / 2
+    digit = np.clip(wider + 1 - ndimage.distance_transform_edt(~black), 0, 1)
+    digit = resized(digit[bounds(digit)], INSIDE)
+    height, width = digit.shape
     y, x = ndimage.center_of_mass(digit)
     # MNIST's centres of mass lie at pixel 14, counted from 0.
-    top, left = np.clip((round(14 - y), round(14 - x)), 0, (28 - height, 28 - width))
-    field = torch.zeros(1, 28, 28)
+    top, left = np.clip((round(SIDE / 2 - y), round(SIDE / 2 - x)), 0, (SIDE - height, SIDE - width))
+    field = torch.zeros(1, SIDE, SIDE)
     field[0, top : top + height, left : left + width] = torch.from_numpy(digit / digit.max())
     return field
 
@@ -83,73 +72,41 @@ def classify(net: Net, fields: list[Tensor]) -> Tensor:
     return net((torch.stack(fields) - MEAN) / STD).exp()
 
 
-def read_marks(marks: list[Mark], ink: np.ndarray, net: Net) -> list[Digit]:
-    """Each mark as the network reads it, from the ink (H, W) there."""
-    if not marks:
-        return []
-    margin = 1 + max(mark.size for mark in marks) // 20  # the strokes' grey edge lies outside the mark
-    ink, fields = np.pad(ink, margin), []
-    for mark in marks:
-        y, x = mark.place
-        around = ink[y.start : y.stop + 2 * margin, x.start : x.stop + 2 * margin]
-        fields.append(as_mnist(around, np.pad(mark.mask, margin)))
-    return [Digit(*parts) for parts in zip(marks, fields, classify(net, fields), strict=True)]
+def read_marks(marks: list[Mark], net: Net) -> list[Digit]:
+    """Each mark as the network reads it."""
+    fields, read = [as_mnist(mark.ink) for mark in marks], []
+    for mark, field, row in zip(marks, fields, classify(net, fields) if marks else [], strict=True):
+        narrowness = np.clip(1 + WIDE - mark.width / mark.height, 0.2, 1)  # 1 up to WIDE
+        read.append(Digit(mark, field, row, row.argmax().item(), row.max().item(), row.max().item() * narrowness))
+    return read
 
 
-# ---------------------------------------------------------------- digits that touch
+def split(digit: Digit, net: Net) -> list[Digit]:
+    """The digit, or those that touch in it: the cheapest of all ways to cut it between columns.
 
-SLOPES = (0, 0.3)  # of cuts: columns to the left, for a row down
-MOST_CUTS = 10  # places to choose from
-EACH, THROUGH = 0.3, 0.45  # what each digit costs, and each stroke that a cut goes through
-
-
-def cut(mark: Mark, slope: float, ink: np.ndarray, net: Net) -> tuple[float, list[Digit]]:
-    """The cheapest way to cut a mark along lines of this slope into digits side by side: its cost, and the digits."""
-    down, across = np.mgrid[: mark.height, : mark.width]
-    column = np.round(across + slope * down).astype(int)
-    column -= column[mark.mask].min()
-    crossed = np.bincount(column[mark.mask]) / stroke_width(mark.mask)  # how many strokes a cut goes through
-    # From each strip the column that crosses the fewest strokes, and of these the best.
-    strip, end = max(2, mark.height // 10), len(crossed)
-    cuts = [start + np.argmin(crossed[start : start + strip]) for start in range(strip, end - strip, strip)]
-    cuts = sorted(sorted(cuts, key=lambda place: crossed[place])[:MOST_CUTS])
-    cuts = [place for place in cuts if crossed[place] < 3]
-    crossed[0] = 0  # the left end is no cut
-    parts = {}
-    for left, right in itertools.combinations([0, *cuts, end], 2):
-        keep = mark.mask & (left <= column) & (column < right)
-        if right - left <= 1.2 * mark.height and keep.any() and np.ptp(np.nonzero(keep)[0]) >= 0.6 * mark.height:
-            parts[left, right] = mark.part(keep)
-    cheapest = {0: (0.0, [])}  # the cheapest way up to each place
-    for (left, right), digit in zip(parts, read_marks(list(parts.values()), ink, net), strict=True):  # by their left
-        if left in cheapest:
-            cost, before = cheapest[left]
-            way = (cost + digit.cost + THROUGH * crossed[left], [*before, digit])
-            cheapest[right] = min(cheapest.get(right, way), way, key=lambda way: way[0])
-    return cheapest.get(end, (math.inf, []))
-
-
-def split(digit: Digit, ink: np.ndarray, net: Net) -> list[Digit]:
-    """The digit, or those that touch in it.
-
-    Of all ways to cut it the cheapest stands, as in the heuristic over-segmentation of LeCun, Bottou, Bengio and
-    Haffner (1998).
+    A digit costs EACH and minus the logarithm of its score. Such a heuristic over-segmentation is described by LeCun,
+    Bottou, Bengio and Haffner (1998).
     """
-    if digit.cost < 2 * EACH:
+    whole = EACH - math.log(digit.score), [digit]
+    if whole[0] < 2 * EACH:
         return [digit]  # two digits cost more
-    ways = [(digit.cost, [digit])] + [cut(digit.mark, slope, ink, net) for slope in SLOPES]
-    return min(ways, key=lambda way: way[0])[1]
-
-
-# ---------------------------------------------------------------- reading
-
-INKS = (((-1, 1), False), ((-1,), False), ((-1, 1), True))  # signs and paper, see find_ink(): as it seems, dark where
-# a light sheet on a desk or a digit as large as the picture was misleading, and nearby for shadows and coloured notes
-GAPS = (0.08, 0.6)  # over which ink is joined, as shares of the usual height; the second for badly broken strokes
-SURE = 0.9  # of its ink surely in digits, a reading needs no other
-MANY, UNLIKELY = 50, 0.75  # more marks with a lower median score are texture, noise or print, not worth cutting
-DOUBTFUL = 0.9  # a less probable digit has a ? behind it; where most have, nothing is read
-MOST = 600  # marks; more are those, too
+    mark, parts = digit.mark, {}
+    # How many strokes a cut before each column goes through, and one cut in each step columns, where these are fewest.
+    strokes, step = (mark.ink > 0).sum(axis=0) / stroke_width(mark.ink > 0), max(2, mark.height // 6)
+    strokes[0] = 0
+    steps = range(step, mark.width - step, step)
+    cuts = [0, *(start + int(strokes[start : start + step].argmin()) for start in steps), mark.width]
+    for left, right in itertools.combinations(cuts, 2):  # in the order of their left ends
+        part = mark_of(mark.ink[:, left:right], mark.left + left, mark.top)
+        if right - left <= 1.2 * mark.height and 2 * part.height >= mark.height:
+            parts[left, right] = part
+    ways = {0: (0, [])}  # the cheapest way up to each column: its cost, and its digits
+    for (left, right), part in zip(parts, read_marks(list(parts.values()), net), strict=True):
+        if left in ways:
+            cost, before = ways[left]
+            way = cost + THROUGH * strokes[left] + EACH - math.log(part.score), [*before, part]
+            ways[right] = min(ways.get(right, way), way, key=lambda way: way[0])
+    return min(ways.get(mark.width, whole), whole, key=lambda way: way[0])[1]
 
 
 @dataclasses.dataclass
@@ -157,16 +114,17 @@ class Reading:
     """What is read in a picture: its digits, row by row, what was left out, and why it is refused if it is."""
 
     rows: list[list[Digit]] = dataclasses.field(default_factory=list)
-    unread: list[Mark] = dataclasses.field(default_factory=list)  # too large or too small for a digit
-    ignored: list[Mark] = dataclasses.field(default_factory=list)  # lines, the paper's edges
+    unread: list[Mark] = dataclasses.field(default_factory=list)  # unlike a digit in size or shape
+    ignored: list[Mark] = dataclasses.field(default_factory=list)  # lines, the desk
     problem: str = ""
     sheet: np.ndarray | None = None  # the picture over its paper, (H, W, 3) in [0, 255]
     scale: float = 1  # the picture's pixels to one of the sheet's
 
     def box(self, mark: Mark) -> Box:
         """A mark's box in pixels of the picture as it is shown, upright."""
-        left, top, right, bottom = (side * self.scale for side in mark.box)
-        return Box(int(left), int(top), math.ceil(right), math.ceil(bottom))
+        box = mark.left, mark.top, mark.left + mark.width, mark.top + mark.height
+        left, top, right, bottom = (side * self.scale for side in box)
+        return int(left), int(top), math.ceil(right), math.ceil(bottom)
 
     @property
     def digits(self) -> list[Digit]:
@@ -177,70 +135,78 @@ class Reading:
         return self.unread + self.ignored
 
     @property
+    def length(self) -> float:
+        """The length of strokes in digits."""
+        return sum(digit.mark.length for digit in self.digits)
+
+    @property
     def score(self) -> float:
-        """By this one of several readings is chosen: the length of strokes in digits, less those in unlikely ones."""
+        """For the choice between readings: the length of strokes in digits, less that of strokes in unlikely ones."""
         return sum((2 * digit.score - 1) * digit.mark.length for digit in self.digits)
 
     @property
     def is_sure(self) -> bool:
-        marks = [digit.mark for digit in self.digits] + self.unread
-        read = sum(digit.score * digit.mark.length for digit in self.digits)
-        return read > SURE * sum(mark.length for mark in marks)
+        """Whether nearly all but the lines and the desk is read as likely digits."""
+        return self.score > SURE * (self.length + sum(mark.length for mark in self.unread))
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
-    """Part digits into rows, top down, each from left to right: a digit is added to the row that ends nearest."""
-    rows = []
-    for digit in sorted(digits, key=lambda digit: digit.mark.box.left):
-        mark = digit.mark
-        nearest = min(rows, key=lambda row: abs(row[-1].mark.middle - mark.middle), default=None)
-        if nearest and abs(nearest[-1].mark.middle - mark.middle) < max(nearest[-1].mark.height, mark.height) / 2:
+    """Part digits into rows, top down, each from left to right: a digit joins the row whose last digit is nearest."""
+    rows, middle = [], lambda digit: digit.mark.top + digit.mark.height / 2
+    for digit in sorted(digits, key=lambda digit: digit.mark.left):
+        nearest = min(rows, key=lambda row: abs(middle(row[-1]) - middle(digit)), default=[])
+        heights = [other.mark.height for other in (*nearest[-1:], digit)]
+        if nearest and abs(middle(nearest[-1]) - middle(digit)) < max(heights) / 2:
             nearest.append(digit)
         else:
             rows.append([digit])
-    return sorted(rows, key=lambda row: np.median([digit.mark.middle for digit in row]))
+    return sorted(rows, key=lambda row: np.median([middle(digit) for digit in row]))
 
 
-def read_mask(mask: np.ndarray, ink: np.ndarray, net: Net, gap: float) -> Reading:
-    """Read the digits in a mask (H, W), those of the usual size, joined over gaps (see find_marks)."""
-    marks, edges = find_marks(mask, gap)
-    if len(marks) > MOST:
-        raise Failure(f"{len(marks)} marks are on it, more than on a sheet of digits")
-    digits = read_marks(marks, ink, net)
-    if len(marks) > MANY and np.median([digit.score for digit in digits]) < UNLIKELY:
-        return Reading(unread=marks, ignored=edges)
-    usual = usual_height(marks)
-    found = [part for digit in digits if digit.mark.fits(usual) for part in split(digit, ink, net)]
-    return Reading(in_rows(found), [mark for mark in marks if not mark.fits(usual)], edges)
+def read_ink(ink: np.ndarray, gap: float, net: Net) -> Reading:
+    """Read the digits in ink (H, W), joined over gaps (see find_marks)."""
+    marks, desk = find_marks(ink, gap)
+    read, usual = read_marks(marks[:MOST], net), usual_height(marks)
+    if len(marks) > MOST or (len(marks) > MANY and np.median([digit.score for digit in read]) < UNLIKELY):
+        return Reading(unread=marks, ignored=desk, problem=f"{len(marks)} marks are on it, most of them unlike digits")
+    found = [part for digit in read if digit.mark.fits(usual) for part in split(digit, net)]
+    return Reading(in_rows(found), [mark for mark in marks if not mark.fits(usual)], desk)
 
 
-def read_ink(sheet: np.ndarray, signs: tuple, nearby: bool, net: Net) -> Iterator[Reading]:
-    """Read a sheet's ink, see find_ink(), in each way, the usual one first. Raises Failure where nothing stands out."""
-    ink, mask, lines = find_ink(sheet, signs, nearby)
-    if lines.any():
-        yield read_mask(mask | lines, ink, net, GAPS[0])
-    for gap in GAPS:
-        reading = read_mask(mask, ink, net, gap)
-        reading.ignored += connected(label(lines))
-        if len(reading.digits) > 2 or not nearby:  # fewer may be the rest of one digit with wide strokes
-            yield reading
+def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
+    """Read a sheet in up to six ways: with its lines, without, and over larger gaps; then with paper from nearby."""
+    most = 0  # the length of strokes in digits, at most, where paper is not looked for nearby
+    for nearby in PAPERS:
+        ink, lines = find_ink(sheet, nearby)
+        if lines.any():
+            yield read_ink(ink, GAPS[0], net)
+        for gap in GAPS:
+            reading = read_ink(ink * ~lines, gap, net)
+            reading.ignored += connected(lines)
+            most = most if nearby else max(most, reading.length)
+            # Nearby, two digits, or with less than half of the strokes, may be the rest of one with wide strokes.
+            if not nearby or (len(reading.digits) > 2 and 2 * reading.length > most):
+                yield reading
 
 
 def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
     """The best reading of a sheet (H, W, 3) in [0, 255]: the first that is sure, or else the best."""
-    best, problem = Reading(), ""
-    for ink in INKS:
-        try:
-            for reading in read_ink(sheet, *ink, net):
-                if reading.is_sure:
-                    return reading
-                best = reading if not best.rows or reading.score > best.score else best
-        except Failure as failure:
-            problem = problem or str(failure)
+    best, noise = Reading(), Reading()
+    for reading in readings(sheet, net):
+        if reading.is_sure:
+            return reading
+        if reading.problem:
+            noise = reading
+        elif not best.rows or (reading.rows and reading.score > best.score):
+            best = reading
+    if 2 * best.length < sum(mark.length for mark in noise.unread):  # a few marks in a texture look like digits
+        return noise
     if len(best.digits) > 2 and np.median([digit.probability for digit in best.digits]) < DOUBTFUL:  # noise
-        best = Reading(unread=best.unread + [digit.mark for digit in best.digits], ignored=best.ignored)
-    if not best.rows:
-        best.problem = problem or "nothing on it has the size and shape of a digit"
+        unread = best.unread + [digit.mark for digit in best.digits]
+        best = Reading(unread=unread, ignored=best.ignored, problem="most of its marks are doubtful as digits")
+    elif not best.rows:
+        found = "has the size and shape of a digit" if best.left_out else "stands out from its paper"
+        best.problem = f"nothing on it {found}"
     return best
 
 
@@ -258,20 +224,13 @@ def read_picture(picture: Image.Image, net: Net) -> Reading:
     return reading
 
 
-@functools.cache
-def committed_net() -> Net:
-    """The network of the reference run."""
-    return load_net(REFERENCE)
-
-
 def digits(picture: Image.Image, net: Net | None = None) -> list[tuple[Box, Tensor]]:
-    """Find the digits in a picture: (box, field) of each, left to right and row by row.
+    """Each digit's box and field (1, 28, 28) in a picture, row by row. The net is the reference run's by default.
 
-    The box is in pixels of the picture as it is shown, upright. The field is (1, 28, 28) in [0, 1] with ink
-    towards 1; classify() gives its probabilities. Where ink may be one digit or two, the network decides, by default
-    the reference run's. Raises Failure where there is no digit. read_picture() returns more.
+    Boxes are in pixels of the picture as it is shown, upright. classify() gives a field's probabilities, and
+    read_picture() returns more. Raises Failure where there is no digit.
     """
-    reading = read_picture(picture, net or committed_net())
+    reading = read_picture(picture, net or load_net(REFERENCE))
     if reading.problem:
         raise Failure(reading.problem)
     return [(reading.box(digit.mark), digit.field) for digit in reading.digits]

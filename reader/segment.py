@@ -1,7 +1,6 @@
-"""From a picture to marks: the ink on its paper, the printed lines in it, and connected ink.
+"""From a picture to marks: ink on paper (find_ink), the lines in it (find_lines), and connected ink (find_marks).
 
-Ink is what differs from the paper around it (find_ink), and what is long and thin of it is a line (find_lines).
-Connected ink is a mark, joined over small gaps (find_marks). The thresholds are shares of a length or a contrast.
+Thresholds are shares of a length or of a contrast. docs/predict.md has what each rule earns.
 """
 
 import contextlib
@@ -16,74 +15,75 @@ from skimage.measure import label, regionprops
 
 from script import Failure
 
-
-class Box(NamedTuple):
-    """A rectangle in a picture, in pixels from its upper left corner; right and bottom lie outside."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
+MOST_PIXELS = 1_000_000  # larger pictures are shrunk to this many
+NEARBY = 0.12  # of the sheet's shorter side: what is wider is paper, when paper is looked for nearby
+FAINTEST = 0.06  # ink differs from its paper by at least this share of the paper's brightness
+NOISE = 9  # and by this many times the usual noise
+WEAK, STRONG = 0.3, 0.5  # shares of the strongest ink near a pixel: ink if connected to strong ink, and ink by itself
+LINE = 0.15  # of the usual ink: lines are looked for in all that is stronger, as they are fainter than strokes
+LONG, LONGER = 0.45, 1.3  # a line is longer than this share of the sheet's side, and of the usual height
+THICK = 1 / 40  # of the sheet's longer side: a line is thinner than this, or than 12 pixels if that is more
+CORNERS = [0, 0, -1, -1], [0, -1, 0, -1]  # of a sheet: rows, columns
+WIDEST = 8  # of the usual height: digits that touch are at most this wide
 
 
 class Mark(NamedTuple):
-    """Connected ink: its rows and columns, and which of the pixels there (H, W) it covers."""
+    """Connected ink: where on the sheet it begins, and the ink in its box (H, W), 0 where there is none."""
 
-    place: tuple[slice, slice]
-    mask: np.ndarray
-
-    @property
-    def box(self) -> Box:
-        y, x = self.place
-        return Box(x.start, y.start, x.stop, y.stop)
+    left: int
+    top: int
+    ink: np.ndarray
 
     @property
     def height(self) -> int:
-        return self.mask.shape[0]
+        return self.ink.shape[0]
 
     @property
     def width(self) -> int:
-        return self.mask.shape[1]
-
-    @property
-    def size(self) -> int:
-        return max(self.mask.shape)
+        return self.ink.shape[1]
 
     @property
     def length(self) -> float:
         """The length of its strokes."""
-        return self.mask.sum() / stroke_width(self.mask)
+        return (self.ink > 0).sum() / stroke_width(self.ink > 0)
 
     def fits(self, usual: float) -> bool:
-        """Whether it may be a digit, or some that touch, among marks of this usual height: no speck, frame or line.
+        """Whether it may be a digit, or some that touch, among marks of this usual height.
 
-        Nor specks that were joined, whose strokes are shorter than half the mark, nor a blob.
+        The strokes of joined specks are shorter than half their box, and a blob is less than twice as long as wide.
         """
-        fits = 0.35 * usual <= self.height <= 2 * usual and self.width < 8 * usual
-        return fits and 2 * self.length > self.size > 2 * stroke_width(self.mask)
-
-    @property
-    def middle(self) -> float:
-        """Its height on the sheet."""
-        return (self.box.top + self.box.bottom) / 2
-
-    def part(self, keep: np.ndarray) -> "Mark":
-        """The pixels of the mark that are to be kept (H, W)."""
-        y, x = bounds(keep)
-        top, left = self.box.top, self.box.left
-        return Mark((slice(top + y.start, top + y.stop), slice(left + x.start, left + x.stop)), keep[y, x].copy())
+        as_high = usual <= 2 * self.height <= 4 * usual  # from half to twice the usual height
+        as_long = 2 * self.length > max(self.ink.shape) > 2 * stroke_width(self.ink > 0)
+        return as_high and self.width < WIDEST * usual and as_long
 
 
-# ---------------------------------------------------------------- paper and ink
+def mark_of(ink: np.ndarray, left: int, top: int) -> Mark:
+    """A mark for the ink in a part (H, W) of the sheet that begins here, cut to this ink."""
+    y, x = bounds(ink)
+    return Mark(left + x.start, top + y.start, ink[y, x])
 
-MOST_PIXELS = 1_000_000  # larger pictures are shrunk to this many
-FAINTEST = 0.06  # ink differs from its paper by this share of the paper's brightness at least
-WEAK, STRONG = 0.3, 0.5  # shares of the strongest ink nearby, and of the usual ink: what is connected, and what starts
-LINE = 0.15  # share of the usual ink in which lines are found: between strong strokes they are fainter
+
+def bounds(ink: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns of the smallest box around all ink (H, W)."""
+    return next(iter(ndimage.find_objects((ink > 0).astype(int))), (slice(0, 0), slice(0, 0)))
+
+
+def stroke_width(mask: np.ndarray) -> float:
+    """The mean width of strokes (H, W). In one w pixels wide the mean distance to the paper is about w / 4 + 1 / 2."""
+    return 4 * (ndimage.distance_transform_edt(np.pad(mask, 1)).sum() / max(1, mask.sum()) - 1 / 2)
+
+
+def usual_height(marks: list[Mark]) -> float:
+    """The median height, weighted by height: a few digits outweigh many specks or lines."""
+    heights = [mark.height for mark in marks]
+    return float(np.quantile(heights, 1 / 2, weights=heights, method="inverted_cdf")) if marks else 0
 
 
 def flatten(picture: Image.Image, paper: str) -> np.ndarray:
-    """The picture, upright and over paper of this colour where it is transparent: (H, W, 3) in [0, 255]."""
+    """The picture, upright and over paper of this colour where it is transparent: (H, W, 3) in [0, 255].
+
+    Raises Failure if it has values that are not finite.
+    """
     if picture.mode in ("L", "RGB", "CMYK"):  # what cameras and scanners make, cheaply before all else
         picture = picture.reduce(max(1, int(math.sqrt(picture.width * picture.height / MOST_PIXELS))))
     with contextlib.suppress(Exception):  # Pillow raises nearly anything for damaged EXIF
@@ -92,7 +92,7 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
         values = np.asarray(picture, dtype=np.float32)
         if not np.isfinite(values).all():
             raise Failure("it holds values that are not finite")
-        picture = Image.fromarray(np.uint8(255 * (values - values.min()) / max(np.ptp(values), 1e-9)))
+        picture = Image.fromarray(np.uint8(255 * (values - values.min()) / (np.ptp(values) or 1)))
     layers = picture.convert("RGBA")
     shrink = min(1, math.sqrt(MOST_PIXELS / (layers.width * layers.height)))
     layers = layers.resize([max(1, round(side * shrink)) for side in layers.size], Image.Resampling.BOX)
@@ -101,19 +101,19 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
 
 
 def without_ink(grey: np.ndarray, nearby: bool) -> np.ndarray:
-    """What is left of a sheet (H, W) when light ink is removed: a morphological opening.
+    """A sheet (H, W) without the ink that is lighter than its paper; for dark ink, pass its negative.
 
-    It removes what is narrower than a square that is wider than any stroke, and keeps gradients and straight edges of
-    shadows. nearby: the square is smaller, so that shadows, notes and the desk are paper, too. Around the sheet its
-    border is continued, without the ink that touches it.
+    A morphological opening by a square half as wide as the sheet's longer side: what is narrower is removed, gradients
+    and straight edges of shadows stay. nearby: the square is only wider than strokes, so that shadows, notes and the
+    desk are paper, too.
     """
-    short, long = sorted(grey.shape)
-    side = max(3, int(0.12 * short if nearby else np.clip(0.3 * long, 0.4 * short, 2 * short)))
-    sheet = np.pad(grey, 1, mode="edge")
+    side = max(3, int(NEARBY * min(grey.shape)) if nearby else max(grey.shape) // 2)
+    sheet = np.pad(grey, 1, mode="edge")  # around it its border is continued, without the ink that touches it
     for border in sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]:
         border[:] = ndimage.grey_opening(border, max(3, 2 * len(border) // 3))
-    sheet = ndimage.grey_opening(np.pad(sheet, side, mode="edge"), side)
-    return sheet[side + 1 : -side - 1, side + 1 : -side - 1]
+    half = side // 2 + 1
+    sheet = ndimage.grey_opening(np.pad(sheet, half, mode="edge"), side, mode="nearest")
+    return sheet[half + 1 : -half - 1, half + 1 : -half - 1]
 
 
 def roughness(grey: np.ndarray) -> float:
@@ -121,119 +121,85 @@ def roughness(grey: np.ndarray) -> float:
     return np.abs(np.diff(grey, axis=0)).sum() + np.abs(np.diff(grey, axis=1)).sum()
 
 
-def find_ink(sheet: np.ndarray, signs: tuple, nearby: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How much each pixel differs from its paper, as a share of its brightness, where that is a stroke, and the lines.
+def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The ink on a sheet (H, W, 3) in [0, 255], and which of it is lines: (H, W) each, 0 where there is none.
 
-    From (H, W, 3) in [0, 255] to (H, W) each. signs: -1 where ink may be darker than its paper, 1 where it may be
-    lighter. nearby: see without_ink(). Raises Failure where nothing stands out.
+    Ink is what differs from its paper, in shares of the paper's brightness. nearby: see without_ink().
     """
     small = Image.fromarray(np.uint8(sheet))
     small.thumbnail((100, 100), Image.Resampling.BOX)
     weights, papers = [], []
     for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
-        # Dark ink or light? With the right sign the paper is smooth, and the ink has few edges.
-        guesses = [(sign, sign * without_ink(sign * channel, nearby)) for sign in signs]
-        sign, paper = min(guesses, key=lambda guess: roughness(guess[1]) + 0.8 * roughness(channel - guess[1]))
+        # Dark ink or light? With the right sign paper and ink have the fewest edges; on a tie, the one with ink.
+        papers_of = {sign: sign * without_ink(sign * channel, nearby) for sign in (-1, 1)}
+        rough = {sign: roughness(paper) + roughness(channel - paper) for sign, paper in papers_of.items()}
+        sign = min(rough, key=lambda sign: (rough[sign], (papers_of[sign] == channel).all()))
+        paper = papers_of[sign]
         weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
         papers.append(paper)
-    weights = np.array(weights) / max(np.abs(weights).sum(), 1e-9)
-    grey = sheet @ np.float32(weights)  # the mixture of the channels in which the ink is lightest
-    grey /= np.mean(papers) + 30  # a black board is no less noisy than a grey one
-    blur = min(grey.shape) / 200
-    smooth = ndimage.gaussian_filter(grey, blur / 2)
+    # The channels mixed so that ink is lighter than its paper, in shares of the paper's brightness.
+    grey = sheet @ np.float32(np.array(weights) / (np.abs(weights).sum() or 1) / max(1, np.mean(papers)))
+    blur = min(grey.shape) / 400
+    smooth = ndimage.gaussian_filter(grey, blur)
     paper = without_ink(smooth, nearby)
     smooth -= paper
-    smooth -= np.percentile(smooth, 10)  # where there is noise, its lowest was taken for the paper
-    noise = 1.5 * np.median(np.abs(smooth - ndimage.gaussian_filter(smooth, blur)))  # its standard deviation
-    faintest = max(FAINTEST, 5 * noise)
-    if smooth.max() <= faintest:
-        raise Failure("nothing on it stands out from its paper")
-    # A stroke is half as strong as the strongest ink near it and the usual ink, or weaker and connected to such ink.
-    strongest, usual = ndimage.maximum_filter(smooth, 1 + min(smooth.shape) // 8), 0
+    smooth -= np.percentile(smooth, 10)  # where there is noise or a grid, its lowest was taken for the paper
+    noise = np.median(np.abs(smooth - ndimage.gaussian_filter(smooth, 2 * blur)))
+    faintest = max(FAINTEST, NOISE * noise)
+    # Twice, as the usual ink is known only after the first time.
+    strongest, usual_ink = ndimage.maximum_filter(smooth, 1 + min(smooth.shape) // 8), 0
     for _ in range(2):
-        weak, strong = (np.maximum(faintest, share * np.maximum(strongest, usual)) for share in (WEAK, STRONG))
+        weak, strong = (np.maximum(faintest, share * np.maximum(strongest, usual_ink)) for share in (WEAK, STRONG))
         mask = apply_hysteresis_threshold(smooth, weak, strong)
-        usual = np.average(smooth[mask], weights=smooth[mask] ** 3)  # a little ink outweighs much grain
-    lines = find_lines(smooth > max(faintest, LINE * usual))
-    return grey - paper, mask & ~lines, mask & lines
-
-
-# ---------------------------------------------------------------- marks
-
-BORDER = 0.6  # of its size: a mark along so much of the picture's border is a desk around the paper
-DOT = 3  # stroke widths: what is shorter is part of what is next to it
-
-
-def bounds(mask: np.ndarray) -> tuple[slice, slice]:
-    """The rows and columns of the smallest box around a mask (H, W)."""
-    (place,) = ndimage.find_objects(mask.astype(int))
-    return place
-
-
-def stroke_width(mask: np.ndarray) -> float:
-    """The strokes' mean width: in a stroke w pixels wide the mean distance to the paper is w / 4 + 1 / 2."""
-    return 4 * (ndimage.distance_transform_edt(np.pad(mask, 1)).sum() / max(1, mask.sum()) - 0.5)
-
-
-def usual_height(marks: list[Mark]) -> float:
-    """The median height, weighted by height: a few digits outweigh many specks or lines."""
-    heights = [mark.height for mark in marks]
-    return float(np.quantile(heights, 0.5, weights=heights, method="inverted_cdf")) if marks else 0
-
-
-def connected(labels: np.ndarray) -> list[Mark]:
-    """A mark for each number in labels (H, W), without dust."""
-    least = max(3, min(labels.shape) / 80)
-    return [Mark(region.slice, region.image) for region in regionprops(labels) if max(region.image.shape) >= least]
-
-
-def distance(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
-    """How far each pixel (H, W) is from these marks."""
-    away = np.ones(shape, bool)
-    for mark in marks:
-        away[mark.place] &= ~mark.mask
-    return ndimage.distance_transform_edt(away)
-
-
-def find_marks(mask: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
-    """The marks in a mask (H, W), joined over gaps of this share of the usual height, and those along its border."""
-    border = np.ones(mask.shape, bool)
-    border[1:-1, 1:-1] = False
-    marks, edges = [], []
-    for mark in connected(label(mask)):
-        (edges if (border[mark.place] & mark.mask).sum() > BORDER * mark.size else marks).append(mark)
-    if not marks:  # perhaps one digit as large as the picture
-        return edges, []
-    away = distance(marks, mask.shape)
-    width, near = stroke_width(away == 0), away <= gap / 2 * usual_height(marks)  # half a gap from either side
-    dots = [mark for mark in marks if mark.size < DOT * width]
-    if dots:
-        near |= distance(dots, mask.shape) <= 1.5 * min(width, np.median([dot.size for dot in dots]))
-    return connected(label(near) * (away == 0)), edges
-
-
-# ---------------------------------------------------------------- lines
+        if mask.any():  # a little ink outweighs much grain
+            usual_ink = np.average(smooth[mask], weights=smooth[mask] ** 3)
+    return np.maximum(grey - paper, FAINTEST) * mask, find_lines(smooth > max(faintest, LINE * usual_ink)) & mask
 
 
 def lines_across(mask: np.ndarray) -> np.ndarray:
     """The pixels of long thin lines in a mask (H, W) that run from left to right."""
-    width, window = mask.shape[1], 2 * max(1, min(mask.shape) // 300) + 1
-    bar = int(max(6, width / 12, min(4 * stroke_width(mask), width / 4)))  # the shortest piece of a line
-    thick = ndimage.maximum_filter(mask, (window, 1))  # in which sloping lines have long runs, too
-    runs = ndimage.grey_opening(thick, (1, bar)) & mask
-    line = np.zeros_like(mask)
-    for region in regionprops(label(ndimage.maximum_filter(runs, window)) * runs):
-        tall, long = region.image.shape
-        if long >= 0.45 * width and tall <= long / 6:
-            line[region.slice] |= region.image
-    return line
+    width, lines = mask.shape[1], np.zeros_like(mask)
+    shortest = int(max(6, width / 12, 3 * stroke_width(mask)))  # piece of a line
+    thick = ndimage.maximum_filter(mask, (3, 1))  # in which sloping lines have long pieces, too
+    pieces = ndimage.grey_opening(thick, (1, shortest)) & mask
+    for region in regionprops(label(ndimage.maximum_filter(pieces, 3)) * pieces):  # pieces that nearly touch are one
+        height, length = region.image.shape
+        if length >= LONG * width and height <= length / 6:
+            lines[region.slice] |= region.image
+    return lines
 
 
 def find_lines(mask: np.ndarray) -> np.ndarray:
     """The pixels of lines in a mask (H, W), across and down, that are longer than the digits."""
     lines = lines_across(mask) | lines_across(mask.T).T
-    marks = connected(label(mask & ~lines))
-    short = [line for line in connected(label(lines)) if line.size <= 1.3 * usual_height(marks)]
-    if short:
-        lines &= distance(short, mask.shape) > 0
-    return lines & ~ndimage.grey_opening(mask, max(12, max(mask.shape) // 40))  # a stroke's thick parts stay
+    usual = usual_height(connected(mask & ~lines))
+    longer = [line for line in connected(lines) if max(line.ink.shape) > LONGER * usual]
+    return pixels(longer, mask.shape) & ~ndimage.grey_opening(mask, max(12, int(THICK * max(mask.shape))))
+
+
+def connected(ink: np.ndarray, near: np.ndarray | None = None) -> list[Mark]:
+    """The ink (H, W) as marks, without dust: what is connected, or lies in one region of near (H, W)."""
+    regions = regionprops(label(ink > 0 if near is None else near) * (ink > 0))
+    marks = [mark_of(np.where(region.image, ink[region.slice], 0), *region.bbox[1::-1]) for region in regions]
+    return [mark for mark in marks if max(mark.ink.shape) > 2]
+
+
+def pixels(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
+    """Which pixels of a sheet (H, W) these marks cover."""
+    mask = np.zeros(shape, bool)
+    for mark in marks:
+        mask[mark.top : mark.top + mark.height, mark.left : mark.left + mark.width] |= mark.ink > 0
+    return mask
+
+
+def find_marks(ink: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
+    """The marks in ink (H, W), joined over gaps of this share of the usual height, and the desk: ink in a corner."""
+    numbers = label(ink > 0)
+    corners = numbers[CORNERS]
+    desk = np.isin(numbers, corners[corners > 0])
+    marks = connected(ink * ~desk)
+    if not marks:  # perhaps one digit as large as the picture
+        return connected(ink), []
+    mask = pixels(marks, ink.shape)
+    near = ndimage.distance_transform_edt(~mask) <= gap / 2 * usual_height(marks)  # half a gap from either side
+    return connected(ink * mask, near), connected(ink * desk)

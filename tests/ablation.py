@@ -14,26 +14,26 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from reader import committed_net, read, segment
+from reader import read, segment
+from script import REFERENCE, load_net
 from tests import sheets
 
 RULES = {  # what is off: where, its name, and what stands there instead
     "nothing": (read, "SURE", read.SURE),
-    "paper from nearby": (read, "INKS", read.INKS[:2]),
-    "dark ink only": (read, "INKS", read.INKS[::2]),
+    "paper from nearby": (read, "PAPERS", read.PAPERS[:1]),
     "lines": (segment, "find_lines", np.zeros_like),
     "lines in fainter ink": (segment, "LINE", segment.WEAK),
+    "lines are longer than digits": (segment, "LONGER", 0),
+    "thick lines are strokes or paper": (segment, "THICK", 1),
     "ink connected to strong ink": (segment, "WEAK", segment.STRONG),
     "joining over gaps": (read, "GAPS", (0, 0)),
     "badly broken strokes": (read, "GAPS", read.GAPS[:1]),
-    "dots": (segment, "DOT", 0),
-    "a desk's edge": (segment, "BORDER", np.inf),
+    "the desk in the corners": (segment, "CORNERS", ([], [])),
     "the size and shape of a digit": (segment.Mark, "fits", lambda mark, usual: True),
     "noise and print refused": (read, "MANY", np.inf),
     "thin strokes drawn wider": (read, "PEN", 0),
-    "wide marks are less likely": (read.Digit, "score", read.Digit.probability),
-    "digits that touch": (read, "split", lambda digit, ink, net: [digit]),
-    "slanting cuts": (read, "SLOPES", (0,)),
+    "wide marks are less likely": (read, "WIDE", np.inf),
+    "digits that touch": (read, "split", lambda digit, net: [digit]),
 }
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     base = {}
     for rule, (place, name, instead) in RULES.items():
         with mock.patch.object(place, name, instead):
-            counts = {source: sheets.count(cases, committed_net()) for source, cases in sources.items()}
+            counts = {source: sheets.count(cases, load_net(REFERENCE)) for source, cases in sources.items()}
         base = base or counts
         columns = [f"{100 * (n[1] - base[source][1]) / n[0]:+8.1f}; {n[2]:3d} extra" for source, n in counts.items()]
         print(f"{rule:40}" + "".join(f"{column:>18}" for column in columns), flush=True)

@@ -14,22 +14,11 @@ from PIL import Image, ImageDraw, ImageOps
 
 import predict
 import reader
-from script import HERE
+from script import HERE, REFERENCE, load_net
 from tests import sheets
+from tests.helpers import STROKES
 
-# A person's ten digits as strokes, lists of (x, y) in a box of 60 by 100; 4, 5 and 7 are drawn in more than one.
-STROKES = {
-    0: [[(30, 0), (10, 12), (0, 45), (8, 85), (30, 100), (52, 85), (60, 50), (50, 12), (30, 0)]],
-    1: [[(30, 0), (30, 100)]],
-    2: [[(3, 22), (8, 6), (28, 0), (48, 8), (52, 25), (42, 50), (20, 78), (2, 97), (25, 93), (60, 98)]],
-    3: [[(3, 10), (25, 0), (50, 10), (50, 32), (25, 47), (52, 58), (58, 80), (35, 100), (3, 92)]],
-    4: [[(18, 0), (2, 60), (45, 60)], [(51, 25), (50, 100)]],
-    5: [[(8, 4), (4, 45), (35, 42), (56, 62), (48, 90), (22, 100), (0, 92)], [(17, 0), (58, 0)]],
-    6: [[(45, 0), (18, 25), (3, 62), (12, 93), (35, 100), (55, 85), (52, 62), (32, 52), (8, 66)]],
-    7: [[(0, 2), (58, 2), (38, 45), (24, 100)], [(18, 50), (54, 50)]],
-    8: [[(30, 48), (8, 28), (15, 5), (38, 0), (50, 20), (12, 60), (5, 85), (28, 100), (52, 85), (30, 48)]],
-    9: [[(54, 25), (42, 50), (18, 52), (4, 32), (16, 6), (40, 0), (54, 20), (52, 60), (44, 100)]],
-}
+NET = load_net(REFERENCE)
 
 
 def write(picture, digit, left, top, height, width, colour=0):
@@ -52,7 +41,7 @@ def drawing(size, *digits, paper=255):
 
 def reading(picture):
     """The digits that are read in a Pillow picture, in order."""
-    return [digit.value for digit in reader.read_picture(picture, reader.committed_net()).digits]
+    return [digit.value for digit in reader.read_picture(picture, NET).digits]
 
 
 def told(capsys, *arguments):
@@ -64,8 +53,9 @@ def told(capsys, *arguments):
 
 @pytest.mark.parametrize("kind", sheets.KINDS + sheets.PAGES)
 def test_each_kind_of_sheet_is_read(test_set, kind):
-    """Other digits and other sheets than the table's, ten of each kind. One that is read as two costs 0.2."""
-    assert sheets.right(reader.committed_net(), kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= 0.7
+    """Other digits and other sheets than the table's, ten of each kind, or ten pairs that touch."""
+    number = 20 if kind == "touching" else 10
+    assert sheets.right(NET, kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), number, 77) >= 0.7
 
 
 @pytest.mark.parametrize("width", [2, 4, 8, 24])
@@ -76,13 +66,7 @@ def test_pens_of_every_width_draw_strokes_as_wide_as_mnist_s(width):
     assert 1.8 < field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
 
 
-def test_dark_corners_a_shadow_a_desk_lines_across_and_specks_are_no_digits():
-    y, x = np.mgrid[-1:1:400j, -1:1:600j]
-    dimmed = np.asarray(drawing((600, 400), (8, 200, 150, 90, 8))) * (1 - 0.38 * (x**2 + y**2))
-    assert reading(Image.fromarray(np.uint8(dimmed))) == [8]
-    shaded = np.array(drawing((1000, 400), *[(digit, 60 + 120 * digit, 150, 110, 8) for digit in range(8)], paper=220))
-    shaded[60:340, 285:535] //= 2
-    assert reading(Image.fromarray(shaded)) == list(range(8))
+def test_a_desk_lines_across_and_specks_are_no_digits():
     for digit in range(10):  # on a card on a dark desk
         card = drawing((800, 600), paper=60)
         ImageDraw.Draw(card).polygon([(200, 90), (610, 100), (600, 520), (190, 500)], fill=230)
@@ -120,12 +104,8 @@ def test_every_mode_of_file_is_read(tmp_path, capsys, test_set, kind):
         large = Image.fromarray(image.numpy()).resize((196, 196), Image.Resampling.BICUBIC)
         MODES[kind](large).save(name, exif=exif)
     status, out, _ = told(capsys, *names)
-    assert status == 0
-    for digit, (name, line) in enumerate(zip(names, out, strict=True)):
-        pattern = re.escape(str(name)) + r": (\d) \((\d+\.\d)%\), then (\d) \((\d+\.\d)%\)"
-        first, p, second, q = map(float, re.fullmatch(pattern, line).groups())
-        assert first == digit != second
-        assert p > q
+    expected = [f"{name}: {digit}" for digit, name in enumerate(names)]
+    assert (status, [line.split(" (")[0] for line in out]) == (0, expected)
 
 
 def test_digits_are_told_line_by_line_with_boxes_around_them(tmp_path, capsys):
@@ -143,38 +123,32 @@ def test_digits_are_told_line_by_line_with_boxes_around_them(tmp_path, capsys):
     found = reader.digits(picture)
     for (left, top, right, bottom), field in found:
         assert field.shape == (1, 28, 28)
-        assert 0 <= field.min() <= field.max() <= 1
-        assert 100 <= bottom - top <= 125
-        assert right - left <= 80
-    assert tops == pytest.approx([box.top for box, _ in found], abs=8)
+        assert (bottom - top, right - left) == (pytest.approx(112, abs=12), pytest.approx(40, abs=40))
+    assert tops == pytest.approx([top for (_, top, _, _), _ in found], abs=8)
 
 
 def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    drawing((300, 300), (7, 100, 60, 180, 12)).save("good.png")
+    seven = drawing((300, 300), (7, 100, 60, 180, 12))
+    for name in "good.png", "half.jpg":
+        seven.save(name)
     noise = np.random.default_rng(5).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    line, page = Image.new("L", (400, 300), 255), Image.new("L", (800, 1000), 255)
-    ImageDraw.Draw(line).line((50, 150, 350, 160), fill=0, width=6)
-    for y in range(20, 920, 15):
-        ImageDraw.Draw(page).text((20, y), "the quick brown fox jumps over the lazy dog " * 3, fill=0)
-    drawing((300, 300), (7, 100, 60, 180, 12)).save("half.jpg")
     Image.fromarray(np.full((300, 200), np.nan, np.float32)).save("nan.tif")
+    page = Image.new("L", (1200, 900), 240)
+    text = ("the quick brown fox jumps over the lazy dog " * 3 + "\n") * 22
+    ImageDraw.Draw(page).text((20, 20), text, fill=20, font_size=24, spacing=16)
     Path("folder.png").mkdir()
     Path("locked.png").mkdir(mode=0)
     bad = {
         "empty": (b"", "it is empty"),
         "half": (Path("half.jpg").read_bytes()[:3000], "image file is truncated"),
         "nan": (Path("nan.tif").read_bytes(), "it holds values that are not finite"),
-        "cut": (Path("good.png").read_bytes()[:500], "image file is truncated"),
         "text": (b"seven", "it is not a picture"),
-        "dot": (Image.new("L", (1, 1), 255), "nothing on it stands out from its paper"),
-        "white": (Image.new("RGB", (300, 200), "white"), "nothing on it stands out from its paper"),
-        "clear": (Image.new("RGBA", (300, 200), (0, 0, 0, 0)), "nothing on it stands out from its paper"),
-        "noise": (Image.fromarray(noise), r"(\d+ marks are on it|nothing on it)"),
+        "clear": (Image.new("RGBA", (300, 200), (0, 0, 0, 0)), "nothing on it stands out"),
+        "noise": (Image.fromarray(noise), "nothing on it stands out"),
         "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "it is HEIC, AVIF or a film; save it as JPEG"),
         "gradient": (Image.fromarray(np.uint8(np.linspace(60, 250, 400) * np.ones((300, 1)))), "nothing on it"),
-        "line": (line, "nothing on it has the size and shape of a digit"),
-        "print": (page, r"(\d+ marks are on it|nothing on it has the size and shape)"),
+        "print": (page, r"\d+ marks are on it, most of them unlike digits"),
         "huge": (Image.new("1", (16_000, 12_000)), "it is too large"),
         "folder": (None, "it is a folder without pictures"),
         "locked": (None, "(Permission denied|it is a folder without pictures)"),  # root may read it
@@ -186,8 +160,7 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch
         elif content:
             content.save(f"{name}.png")
     status, out, err = told(capsys, *[file for name in bad for file in (f"{name}.png", "good.png")])
-    assert status == 1
-    assert [line.split(" (")[0] for line in out] == ["good.png: 7"] * len(bad)
+    assert (status, [line.split(" (")[0] for line in out]) == (1, ["good.png: 7"] * len(bad))
     for line, (name, (_, problem)) in zip(err, bad.items(), strict=True):
         assert re.match(rf"predict\.py: error: cannot read {name}\.png: {problem}", line)
 
@@ -204,21 +177,20 @@ def test_bad_usage(capsys, tmp_path):
 
 
 def test_seen_draws_what_is_left_out_and_a_refused_picture_over_its_own_file_only(tmp_path, capsys):
-    blank, page, seen = tmp_path / "blank.png", tmp_path / "page.png", tmp_path / "seen.png"
-    Image.new("L", (300, 200), 255).save(blank)
+    page, seen = tmp_path / "page.png", tmp_path / "seen.png"
+    Image.new("L", (300, 200), 255).save(page)
+    assert told(capsys, page, "--seen", seen)[0] == 1
+    refused = seen.read_bytes()
     picture = drawing((900, 400), (7, 100, 100, 150, 12), (3, 400, 100, 150, 12), paper=240)
     ImageDraw.Draw(picture).rectangle((50, 50, 850, 350), outline=0, width=6)
     picture.save(page)
-    assert told(capsys, blank, "--seen", seen)[0] == 1
-    refused = seen.read_bytes()
-    status, out, err = told(capsys, page, "--seen", seen)
+    status, out, (line,) = told(capsys, page, "--seen", seen)
     assert (status, out) == (0, [f"{page}: 7 3"])
-    assert re.fullmatch(r"predict\.py: .+page\.png: marks left out: \d+", err[0])
+    assert line.startswith(f"predict.py: {page}: marks left out: ")
     assert seen.read_bytes() != refused
-    white = Image.merge(
-        "LA", (Image.new("L", (300, 300), 255), drawing((300, 300), (7, 99, 60, 180, 12, 255), paper=0))
-    )
-    assert reader.read_picture(white, reader.committed_net()).sheet.min() == 0  # not white on white
+    ink = drawing((300, 300), (7, 99, 60, 180, 12, 255), paper=0)
+    white = Image.merge("LA", (Image.new("L", (300, 300), 255), ink))
+    assert reader.read_picture(white, NET).sheet.min() == 0  # not white on white
 
 
 def test_json_folders_and_the_pages_of_a_tiff(tmp_path, capsys):
@@ -238,11 +210,9 @@ def test_json_folders_and_the_pages_of_a_tiff(tmp_path, capsys):
     assert (status, err) == (0, [])
     assert [each["digits"][0]["digit"] for each in objects] == [4, 7, 7, 7]
     assert objects[1]["file"] == f"{tmp_path / 'scan.tif'} page 2"
-    (left, top, right, bottom), probability = objects[2]["digits"][0]["box"], objects[2]["digits"][0]["probability"]
-    assert (left, top, right, bottom) == pytest.approx((94, 54, 210, 246), abs=6)
-    assert 0.9 < probability <= 1
-    status, out, err = told(capsys, tmp_path / "scan.tif", "--seen", tmp_path / "seen.png")
-    assert (status, out, len(err)) == (1, [], 1)
+    assert objects[2]["digits"][0]["box"] == pytest.approx((94, 54, 210, 246), abs=6)
+    assert 0.9 < objects[2]["digits"][0]["probability"] <= 1
+    assert told(capsys, tmp_path / "scan.tif", "--seen", tmp_path / "seen.png")[:2] == (1, [])
 
 
 def test_a_defect_of_the_reader_shows_its_traceback(monkeypatch):
@@ -251,19 +221,15 @@ def test_a_defect_of_the_reader_shows_its_traceback(monkeypatch):
         predict.main([str(HERE / "assets" / "seven.png")])
 
 
-def test_no_standard_input(monkeypatch, capsys):
+def test_no_input_and_no_weights(tmp_path, monkeypatch, capsys):
     for stream in None, io.TextIOWrapper(io.BytesIO()):
         monkeypatch.setattr("sys.stdin", stream)
         assert told(capsys, "-")[2] == ["predict.py: error: cannot read -: nothing comes from standard input"]
-
-
-def test_weights_that_are_none(tmp_path, capsys):
     (tmp_path / "empty").touch()
     torch.save({1: 2}, tmp_path / "numbers")
     for weights in ("missing", "empty", "numbers"):
-        status, out, err = told(capsys, HERE / "assets" / "seven.png", "--weights", tmp_path / weights)
-        assert (status, out, len(err)) == (1, [], 1)
-        assert err[0].startswith("predict.py: error: ")
+        status, out, (line,) = told(capsys, HERE / "assets" / "seven.png", "--weights", tmp_path / weights)
+        assert (status, out, line[:19]) == (1, [], "predict.py: error: ")
 
 
 def test_the_readme_shows_what_is_printed(tmp_path, monkeypatch, capsys):
