@@ -18,7 +18,7 @@ from script import Failure
 MOST_PIXELS = 1_000_000  # larger pictures are shrunk to this many
 NEARBY = 0.12  # of the sheet's shorter side: what is wider is paper, when paper is looked for nearby
 FAINTEST = 0.06  # ink differs from its paper by at least this share of the paper's brightness
-NOISE = 9  # and by this many times the usual noise
+NOISE = 8  # and by this many times the usual noise
 WEAK, STRONG = 0.3, 0.5  # shares of the strongest ink near a pixel: ink if connected to strong ink, and ink by itself
 LINE = 0.15  # of the usual ink: lines are looked for in all that is stronger, as they are fainter than strokes
 LONG, LONGER = 0.45, 1.3  # a line is longer than this share of the sheet's side, and of the usual height

@@ -53,9 +53,8 @@ def told(capsys, *arguments):
 
 @pytest.mark.parametrize("kind", sheets.KINDS + sheets.PAGES)
 def test_each_kind_of_sheet_is_read(test_set, kind):
-    """Other digits and other sheets than the table's, ten of each kind, or ten pairs that touch."""
-    number = 20 if kind == "touching" else 10
-    assert sheets.right(NET, kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), number, 77) >= 0.7
+    """Other digits and other sheets than the table's, ten of each kind. One that is read as two costs 0.2."""
+    assert sheets.right(NET, kind, test_set[0][:, 0].numpy(), test_set[1].numpy(), 10, 77) >= 0.7
 
 
 @pytest.mark.parametrize("width", [2, 4, 8, 24])
@@ -66,7 +65,13 @@ def test_pens_of_every_width_draw_strokes_as_wide_as_mnist_s(width):
     assert 1.8 < field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
 
 
-def test_a_desk_lines_across_and_specks_are_no_digits():
+def test_dark_corners_a_shadow_a_desk_lines_across_and_specks_are_no_digits():
+    y, x = np.mgrid[-1:1:400j, -1:1:600j]
+    dimmed = np.asarray(drawing((600, 400), (8, 200, 150, 90, 8))) * (1 - 0.38 * (x**2 + y**2))
+    assert reading(Image.fromarray(np.uint8(dimmed))) == [8]
+    shaded = np.array(drawing((1000, 400), *[(digit, 60 + 120 * digit, 150, 110, 8) for digit in range(8)], paper=220))
+    shaded[60:340, 285:535] //= 2
+    assert reading(Image.fromarray(shaded)) == list(range(8))
     for digit in range(10):  # on a card on a dark desk
         card = drawing((800, 600), paper=60)
         ImageDraw.Draw(card).polygon([(200, 90), (610, 100), (600, 520), (190, 500)], fill=230)
@@ -104,8 +109,12 @@ def test_every_mode_of_file_is_read(tmp_path, capsys, test_set, kind):
         large = Image.fromarray(image.numpy()).resize((196, 196), Image.Resampling.BICUBIC)
         MODES[kind](large).save(name, exif=exif)
     status, out, _ = told(capsys, *names)
-    expected = [f"{name}: {digit}" for digit, name in enumerate(names)]
-    assert (status, [line.split(" (")[0] for line in out]) == (0, expected)
+    assert status == 0
+    for digit, (name, line) in enumerate(zip(names, out, strict=True)):
+        pattern = re.escape(str(name)) + r": (\d) \((\d+\.\d)%\), then (\d) \((\d+\.\d)%\)"
+        first, p, second, q = map(float, re.fullmatch(pattern, line).groups())
+        assert first == digit != second
+        assert p > q
 
 
 def test_digits_are_told_line_by_line_with_boxes_around_them(tmp_path, capsys):
@@ -123,7 +132,9 @@ def test_digits_are_told_line_by_line_with_boxes_around_them(tmp_path, capsys):
     found = reader.digits(picture)
     for (left, top, right, bottom), field in found:
         assert field.shape == (1, 28, 28)
-        assert (bottom - top, right - left) == (pytest.approx(112, abs=12), pytest.approx(40, abs=40))
+        assert 0 <= field.min() <= field.max() <= 1
+        assert 100 <= bottom - top <= 125
+        assert right - left <= 80
     assert tops == pytest.approx([top for (_, top, _, _), _ in found], abs=8)
 
 
@@ -134,21 +145,29 @@ def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch
         seven.save(name)
     noise = np.random.default_rng(5).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     Image.fromarray(np.full((300, 200), np.nan, np.float32)).save("nan.tif")
-    page = Image.new("L", (1200, 900), 240)
-    text = ("the quick brown fox jumps over the lazy dog " * 3 + "\n") * 22
-    ImageDraw.Draw(page).text((20, 20), text, fill=20, font_size=24, spacing=16)
+    line, page = Image.new("L", (400, 300), 255), Image.new("L", (800, 1000), 255)
+    ImageDraw.Draw(line).line((50, 150, 350, 160), fill=0, width=6)
+    for y in range(20, 920, 15):
+        ImageDraw.Draw(page).text((20, y), "the quick brown fox jumps over the lazy dog " * 3, fill=0)
+    large, text = Image.new("L", (1200, 900), 240), ("the quick brown fox jumps over the lazy dog " * 3 + "\n") * 22
+    ImageDraw.Draw(large).text((20, 20), text, fill=20, font_size=24, spacing=16)
     Path("folder.png").mkdir()
     Path("locked.png").mkdir(mode=0)
     bad = {
         "empty": (b"", "it is empty"),
         "half": (Path("half.jpg").read_bytes()[:3000], "image file is truncated"),
         "nan": (Path("nan.tif").read_bytes(), "it holds values that are not finite"),
+        "cut": (Path("good.png").read_bytes()[:500], "image file is truncated"),
         "text": (b"seven", "it is not a picture"),
-        "clear": (Image.new("RGBA", (300, 200), (0, 0, 0, 0)), "nothing on it stands out"),
-        "noise": (Image.fromarray(noise), "nothing on it stands out"),
+        "dot": (Image.new("L", (1, 1), 255), "nothing on it stands out from its paper"),
+        "white": (Image.new("RGB", (300, 200), "white"), "nothing on it stands out from its paper"),
+        "clear": (Image.new("RGBA", (300, 200), (0, 0, 0, 0)), "nothing on it stands out from its paper"),
+        "noise": (Image.fromarray(noise), r"(\d+ marks are on it|nothing on it)"),
         "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "it is HEIC, AVIF or a film; save it as JPEG"),
         "gradient": (Image.fromarray(np.uint8(np.linspace(60, 250, 400) * np.ones((300, 1)))), "nothing on it"),
-        "print": (page, r"\d+ marks are on it, most of them unlike digits"),
+        "line": (line, "nothing on it has the size and shape of a digit"),
+        "print": (page, r"(\d+ marks are on it|nothing on it has the size and shape)"),
+        "large print": (large, r"\d+ marks are on it, most of them unlike digits"),
         "huge": (Image.new("1", (16_000, 12_000)), "it is too large"),
         "folder": (None, "it is a folder without pictures"),
         "locked": (None, "(Permission denied|it is a folder without pictures)"),  # root may read it
@@ -186,7 +205,7 @@ def test_seen_draws_what_is_left_out_and_a_refused_picture_over_its_own_file_onl
     picture.save(page)
     status, out, (line,) = told(capsys, page, "--seen", seen)
     assert (status, out) == (0, [f"{page}: 7 3"])
-    assert line.startswith(f"predict.py: {page}: marks left out: ")
+    assert re.fullmatch(r"predict\.py: .+page\.png: marks left out: \d+", line)
     assert seen.read_bytes() != refused
     ink = drawing((300, 300), (7, 99, 60, 180, 12, 255), paper=0)
     white = Image.merge("LA", (Image.new("L", (300, 300), 255), ink))
@@ -212,7 +231,8 @@ def test_json_folders_and_the_pages_of_a_tiff(tmp_path, capsys):
     assert objects[1]["file"] == f"{tmp_path / 'scan.tif'} page 2"
     assert objects[2]["digits"][0]["box"] == pytest.approx((94, 54, 210, 246), abs=6)
     assert 0.9 < objects[2]["digits"][0]["probability"] <= 1
-    assert told(capsys, tmp_path / "scan.tif", "--seen", tmp_path / "seen.png")[:2] == (1, [])
+    status, out, err = told(capsys, tmp_path / "scan.tif", "--seen", tmp_path / "seen.png")
+    assert (status, out, len(err)) == (1, [], 1)
 
 
 def test_a_defect_of_the_reader_shows_its_traceback(monkeypatch):
