@@ -7,6 +7,6 @@ mark -> digit         drawn as MNIST's are, and classified; cut if two are likel
 digits -> reading     in rows; of up to six the first that is sure, or else the best         readings, read_sheet
 """
 
-from reader.read import Reading, classify, digits, read_picture
+from reader.read import Reading, read_picture
 
-__all__ = ["Reading", "classify", "digits", "read_picture"]
+__all__ = ["Reading", "read_picture"]

@@ -12,8 +12,9 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from reader.segment import Mark, bounds, connected, find_ink, find_marks, flatten, mark_of, stroke_width, usual_height
-from script import MEAN, REFERENCE, STD, Failure, Net, load_net
+from reader import segment
+from reader.segment import Mark, bounds, mark_of, stroke_width, usual_height
+from script import MEAN, STD, Failure, Net
 
 SIDE, INSIDE = 28, 20  # pixels of an MNIST field, and of the box in it that a digit fits
 FINE = 4  # pixels to one of the field, in which a digit is black on white before it becomes grey
@@ -142,7 +143,7 @@ class Reading:
     @property
     def score(self) -> float:
         """For the choice between readings: the length of strokes in digits, less that of strokes in unlikely ones."""
-        return sum((2 * digit.score - 1) * digit.mark.length for digit in self.digits)
+        return sum((2 * digit.score - 1) * digit.mark.length for digit in self.digits) if self.rows else -math.inf
 
     @property
     def is_sure(self) -> bool:
@@ -164,25 +165,33 @@ def in_rows(digits: list[Digit]) -> list[list[Digit]]:
 
 
 def read_ink(ink: np.ndarray, gap: float, net: Net) -> Reading:
-    """Read the digits in ink (H, W), joined over gaps (see find_marks)."""
-    marks, desk = find_marks(ink, gap)
+    """Read the digits in ink (H, W), joined over gaps (see find_marks). Noise and print are refused."""
+    marks, desk = segment.find_marks(ink, gap)
+    refused = Reading(unread=marks, ignored=desk, problem=f"{len(marks)} marks are on it, most of them unlike digits")
     read, usual = read_marks(marks[:MOST], net), usual_height(marks)
     if len(marks) > MOST or (len(marks) > MANY and np.median([digit.score for digit in read]) < UNLIKELY):
-        return Reading(unread=marks, ignored=desk, problem=f"{len(marks)} marks are on it, most of them unlike digits")
+        return refused
     found = [part for digit in read if digit.mark.fits(usual) for part in split(digit, net)]
-    return Reading(in_rows(found), [mark for mark in marks if not mark.fits(usual)], desk)
+    reading = Reading(in_rows(found), [mark for mark in marks if not mark.fits(usual)], desk)
+    doubtful = len(found) > 2 and np.median([digit.probability for digit in found]) < DOUBTFUL
+    if doubtful or (found and reading.length < sum(mark.length for mark in reading.unread)):
+        return refused
+    if not found:
+        what = "has the size and shape of a digit" if marks else "stands out from its paper"
+        reading.problem = f"nothing on it {what}"
+    return reading
 
 
 def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
     """Read a sheet in up to six ways: with its lines, without, and over larger gaps; then with paper from nearby."""
     most = 0  # the length of strokes in digits, at most, where paper is not looked for nearby
     for nearby in PAPERS:
-        ink, lines = find_ink(sheet, nearby)
+        ink, lines = segment.find_ink(sheet, nearby)
         if lines.any():
             yield read_ink(ink, GAPS[0], net)
         for gap in GAPS:
             reading = read_ink(ink * ~lines, gap, net)
-            reading.ignored += connected(lines)
+            reading.ignored += segment.connected(lines)
             most = most if nearby else max(most, reading.length)
             # Nearby, two digits, or with less than half of the strokes, may be the rest of one with wide strokes.
             if not nearby or (len(reading.digits) > 2 and 2 * reading.length > most):
@@ -191,30 +200,19 @@ def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
 
 def read_sheet(sheet: np.ndarray, net: Net) -> Reading:
     """The best reading of a sheet (H, W, 3) in [0, 255]: the first that is sure, or else the best."""
-    best, noise = Reading(), Reading()
+    tried = []
     for reading in readings(sheet, net):
         if reading.is_sure:
             return reading
-        if reading.problem:
-            noise = reading
-        elif not best.rows or (reading.rows and reading.score > best.score):
-            best = reading
-    if 2 * best.length < sum(mark.length for mark in noise.unread):  # a few marks in a texture look like digits
-        return noise
-    if len(best.digits) > 2 and np.median([digit.probability for digit in best.digits]) < DOUBTFUL:  # noise
-        unread = best.unread + [digit.mark for digit in best.digits]
-        best = Reading(unread=unread, ignored=best.ignored, problem="most of its marks are doubtful as digits")
-    elif not best.rows:
-        found = "has the size and shape of a digit" if best.left_out else "stands out from its paper"
-        best.problem = f"nothing on it {found}"
-    return best
+        tried.append(reading)
+    return max(tried, key=lambda reading: reading.score)
 
 
 def read_picture(picture: Image.Image, net: Net) -> Reading:
     """Read a picture."""
     for paper in ("white", "black") if picture.has_transparency_data else ("white",):  # the ink may be white
         try:
-            sheet = flatten(picture, paper)
+            sheet = segment.flatten(picture, paper)
         except Failure as failure:
             return Reading(problem=str(failure))
         reading = read_sheet(sheet, net)
@@ -222,15 +220,3 @@ def read_picture(picture: Image.Image, net: Net) -> Reading:
         if reading.rows:
             break
     return reading
-
-
-def digits(picture: Image.Image, net: Net | None = None) -> list[tuple[Box, Tensor]]:
-    """Each digit's box and field (1, 28, 28) in a picture, row by row. The net is the reference run's by default.
-
-    Boxes are in pixels of the picture as it is shown, upright. classify() gives a field's probabilities, and
-    read_picture() returns more. Raises Failure where there is no digit.
-    """
-    reading = read_picture(picture, net or load_net(REFERENCE))
-    if reading.problem:
-        raise Failure(reading.problem)
-    return [(reading.box(digit.mark), digit.field) for digit in reading.digits]

@@ -20,7 +20,7 @@ NEARBY = 0.12  # of the sheet's shorter side: what is wider is paper, when paper
 FAINTEST = 0.06  # ink differs from its paper by at least this share of the paper's brightness
 NOISE = 8  # and by this many times the usual noise
 WEAK, STRONG = 0.3, 0.5  # shares of the strongest ink near a pixel: ink if connected to strong ink, and ink by itself
-LINE = 0.15  # of the usual ink: lines are looked for in all that is stronger, as they are fainter than strokes
+LINE = 0.25  # of the usual ink: lines are looked for in all that is stronger, as they are fainter than strokes
 LONG, LONGER = 0.45, 1.3  # a line is longer than this share of the sheet's side, and of the usual height
 THICK = 1 / 40  # of the sheet's longer side: a line is thinner than this, or than 12 pixels if that is more
 CORNERS = [0, 0, -1, -1], [0, -1, 0, -1]  # of a sheet: rows, columns
@@ -130,12 +130,16 @@ def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray]:
     small.thumbnail((100, 100), Image.Resampling.BOX)
     weights, papers = [], []
     for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
-        # Dark ink or light? With the right sign paper and ink have the fewest edges; on a tie, the one with ink.
-        papers_of = {sign: sign * without_ink(sign * channel, nearby) for sign in (-1, 1)}
-        rough = {sign: roughness(paper) + roughness(channel - paper) for sign, paper in papers_of.items()}
-        sign = min(rough, key=lambda sign: (rough[sign], (papers_of[sign] == channel).all()))
-        paper = papers_of[sign]
-        weights.append(sign * np.sqrt(np.mean((channel - paper) ** 2)))
+        guesses = []
+        for sign in -1, 1:  # dark ink or light? The right sign gives few edges, most of them in the ink
+            paper = sign * without_ink(sign * channel, nearby)
+            ink = np.abs(channel - paper)
+            covered = ink.mean() / max(1, ink.max())
+            spread = math.sqrt(covered * (1 - covered))  # small where ink covers little, or, in a crop, nearly all
+            cost = roughness(paper) + 0.85 * roughness(ink) + 0.3 * roughness(channel) * spread
+            guesses.append((cost, sign * np.sqrt(np.mean(ink**2)), paper.mean()))
+        _, weight, paper = min(guesses)
+        weights.append(weight)
         papers.append(paper)
     # The channels mixed so that ink is lighter than its paper, in shares of the paper's brightness.
     grey = sheet @ np.float32(np.array(weights) / (np.abs(weights).sum() or 1) / max(1, np.mean(papers)))
@@ -143,7 +147,7 @@ def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray]:
     smooth = ndimage.gaussian_filter(grey, blur)
     paper = without_ink(smooth, nearby)
     smooth -= paper
-    smooth -= np.percentile(smooth, 10)  # where there is noise or a grid, its lowest was taken for the paper
+    smooth -= np.percentile(smooth, 10)  # where there is noise, its lowest was taken for the paper
     noise = np.median(np.abs(smooth - ndimage.gaussian_filter(smooth, 2 * blur)))
     faintest = max(FAINTEST, NOISE * noise)
     # Twice, as the usual ink is known only after the first time.
