@@ -174,7 +174,8 @@ def read_ink(ink: np.ndarray, gap: float, net: Net) -> Reading:
     found = [part for digit in read if digit.mark.fits(usual) for part in split(digit, net)]
     reading = Reading(in_rows(found), [mark for mark in marks if not mark.fits(usual)], desk)
     doubtful = len(found) > 2 and np.median([digit.probability for digit in found]) < DOUBTFUL
-    if doubtful or (found and reading.length < sum(mark.length for mark in reading.unread)):
+    few = 0 < len(found) < len(reading.unread) and reading.length < sum(mark.length for mark in reading.unread)
+    if doubtful or few:
         return refused
     if not found:
         what = "has the size and shape of a digit" if marks else "stands out from its paper"
@@ -193,7 +194,7 @@ def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
             reading = read_ink(ink * ~lines, gap, net)
             reading.ignored += segment.connected(lines)
             most = most if nearby else max(most, reading.length)
-            # Nearby, two digits, or with less than half of the strokes, may be the rest of one with wide strokes.
+            # Of one digit with wide strokes, paper from nearby leaves a rest: a few short pieces.
             if not nearby or (len(reading.digits) > 2 and 2 * reading.length > most):
                 yield reading
 

@@ -50,7 +50,8 @@ class Mark(NamedTuple):
     def fits(self, usual: float) -> bool:
         """Whether it may be a digit, or some that touch, among marks of this usual height.
 
-        The strokes of joined specks are shorter than half their box, and a blob is less than twice as long as wide.
+        Its strokes are longer than half its box, unlike those of joined specks, and its box is twice as long as they
+        are wide, unlike that of a blob.
         """
         as_high = usual <= 2 * self.height <= 4 * usual  # from half to twice the usual height
         as_long = 2 * self.length > max(self.ink.shape) > 2 * stroke_width(self.ink > 0)
@@ -101,14 +102,14 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
 
 
 def without_ink(grey: np.ndarray, nearby: bool) -> np.ndarray:
-    """A sheet (H, W) without the ink that is lighter than its paper; for dark ink, pass its negative.
+    """A sheet (H, W) without ink that is lighter than its paper. For dark ink, pass its negative.
 
     A morphological opening by a square half as wide as the sheet's longer side: what is narrower is removed, gradients
     and straight edges of shadows stay. nearby: the square is only wider than strokes, so that shadows, notes and the
     desk are paper, too.
     """
     side = max(3, int(NEARBY * min(grey.shape)) if nearby else max(grey.shape) // 2)
-    sheet = np.pad(grey, 1, mode="edge")  # around it its border is continued, without the ink that touches it
+    sheet = np.pad(grey, 1, mode="edge")  # its border is continued outwards, without ink that touches it
     for border in sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]:
         border[:] = ndimage.grey_opening(border, max(3, 2 * len(border) // 3))
     half = side // 2 + 1
@@ -134,9 +135,9 @@ def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray]:
         for sign in -1, 1:  # dark ink or light? The right sign gives few edges, most of them in the ink
             paper = sign * without_ink(sign * channel, nearby)
             ink = np.abs(channel - paper)
-            covered = ink.mean() / max(1, ink.max())
-            spread = math.sqrt(covered * (1 - covered))  # small where ink covers little, or, in a crop, nearly all
-            cost = roughness(paper) + 0.85 * roughness(ink) + 0.3 * roughness(channel) * spread
+            covered = min(ink.mean() / max(1, ink.max()), 0.3)  # no more, as crops are mostly ink
+            # With these weights the sign is wrong on 1 of 2,600 simulated sheets, but on a third of small cards.
+            cost = roughness(paper) + 0.84 * roughness(ink) + 0.3 * roughness(channel) * math.sqrt(covered)
             guesses.append((cost, sign * np.sqrt(np.mean(ink**2)), paper.mean()))
         _, weight, paper = min(guesses)
         weights.append(weight)
@@ -164,7 +165,7 @@ def lines_across(mask: np.ndarray) -> np.ndarray:
     """The pixels of long thin lines in a mask (H, W) that run from left to right."""
     width, lines = mask.shape[1], np.zeros_like(mask)
     shortest = int(max(6, width / 12, 3 * stroke_width(mask)))  # piece of a line
-    thick = ndimage.maximum_filter(mask, (3, 1))  # in which sloping lines have long pieces, too
+    thick = ndimage.maximum_filter(mask, (3, 1))  # so that sloping lines have long pieces, too
     pieces = ndimage.grey_opening(thick, (1, shortest)) & mask
     for region in regionprops(label(ndimage.maximum_filter(pieces, 3)) * pieces):  # pieces that nearly touch are one
         height, length = region.image.shape
@@ -197,7 +198,7 @@ def pixels(marks: list[Mark], shape: tuple[int, int]) -> np.ndarray:
 
 
 def find_marks(ink: np.ndarray, gap: float) -> tuple[list[Mark], list[Mark]]:
-    """The marks in ink (H, W), joined over gaps of this share of the usual height, and the desk: ink in a corner."""
+    """The marks in ink (H, W), joined over gaps of this share of the usual height, and the desk in the corners."""
     numbers = label(ink > 0)
     corners = numbers[CORNERS]
     desk = np.isin(numbers, corners[corners > 0])
