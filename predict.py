@@ -26,25 +26,29 @@ from script import REFERENCE, Failure, Net, load_net, run_command, save
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_READ = 150_000_000  # pixels
-ENDINGS = [end for end, name in Image.registered_extensions().items() if name in FORMATS] + [".heic", ".heif"]
 OWN = {"Software": "predict.py --seen"}  # by which a PNG says that it may be overwritten
 
 
 def is_own(path: Path) -> bool:
     """Whether a file is a picture that --seen drew."""
-    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as picture:  # Pillow raises nearly anything
-        return OWN.items() <= picture.info.items()
-    return False
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return OWN.items() <= picture.info.items()
+    except Exception:  # Pillow's decoders raise nearly anything
+        return False
 
 
-def picture_files(path: str) -> list[str]:
-    """A path, or the pictures in it if it is a folder that has some, without those that --seen drew."""
-    with contextlib.suppress(OSError):  # not a folder, or one that may not be read: pages() says so
-        # macOS writes ._x.jpg beside x.jpg, and a named pipe would wait for ever.
-        files = [Path(path, name) for name in sorted(os.listdir(path)) if not name.startswith("._")]
-        files = [file for file in files if file.suffix.lower() in ENDINGS and not file.is_fifo() and not is_own(file)]
-        return [str(file) for file in files] or [path]
-    return [path]
+def picture_files(paths: list[str]) -> Iterator[str]:
+    """These paths, with the pictures in a folder instead of the folder, without those that --seen drew."""
+    endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
+    endings += [".heic", ".heif"]  # phones' pictures, to be refused with a reason
+    for path in paths:
+        inside = []
+        with contextlib.suppress(OSError):  # no folder, or one that may not be read: pages() says so
+            inside = [Path(path, name) for name in sorted(os.listdir(path))]
+        # macOS writes ._x.jpg beside x.jpg; a named pipe would wait for ever.
+        inside = [file for file in inside if file.suffix.lower() in endings and not file.name.startswith("._")]
+        yield from [str(file) for file in inside if not file.is_fifo() and not is_own(file)] or [path]
 
 
 def pages(path: str, one: bool) -> Iterator[tuple[str, Image.Image | str]]:
@@ -84,9 +88,10 @@ def loaded(picture: Image.Image, data: bytes) -> Image.Image:
     try:
         picture.load()
     except OSError:
+        if picture.format != "JPEG":
+            raise
         picture = Image.open(io.BytesIO(data + b"\xff\xd9"))
-        corner = picture.convert("L").crop((picture.width - 8, picture.height - 8, *picture.size))
-        if picture.format != "JPEG" or corner.getextrema() == (128, 128):
+        if picture.convert("L").crop((picture.width - 8, picture.height - 8, *picture.size)).getextrema() == (128, 128):
             raise  # what is missing is grey
     return picture
 
@@ -117,8 +122,7 @@ def predict(paths: list[str], net: Net, as_json: bool, seen: Path | None) -> int
     warnings.simplefilter("ignore")  # Pillow's, of damage that does not hinder
     Image.MAX_IMAGE_PIXELS = None  # pages() has its own limit
     status = 0
-    files = [file for path in paths for file in picture_files(path)]
-    for name, picture in itertools.chain.from_iterable(pages(file, bool(seen)) for file in files):
+    for name, picture in itertools.chain.from_iterable(pages(file, bool(seen)) for file in picture_files(paths)):
         reading = Reading(problem=picture) if isinstance(picture, str) else read_picture(picture, net)
         if as_json:
             print(object_of(name, reading))

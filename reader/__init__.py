@@ -7,6 +7,6 @@ mark -> digit         if it fits: drawn as MNIST's are, classified; cut if two a
 digits -> reading     in rows; of up to six the first that is sure, or else the best         readings, read_sheet
 """
 
-from reader.read import Reading, read_picture
+from reader.read import Reading, classify, committed_net, digits, read_picture
 
-__all__ = ["Reading", "read_picture"]
+__all__ = ["Reading", "classify", "committed_net", "digits", "read_picture"]

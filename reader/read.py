@@ -1,6 +1,7 @@
 """From marks to digits: as the network reads them, cut where they touch, in rows, and the best of a few readings."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from reader import segment
 from reader.segment import Mark, bounds, mark_of, stroke_width, usual_height
-from script import MEAN, STD, Failure, Net
+from script import MEAN, REFERENCE, STD, Failure, Net, load_net
 
 SIDE, INSIDE = 28, 20  # pixels of an MNIST field, and of the box in it that a digit fits
 FINE = 4  # pixels to one of the field, in which a digit is black on white before it becomes grey
@@ -26,7 +27,15 @@ GAPS = (0.08, 0.6)  # over which ink is joined, as shares of the usual height; t
 SURE = 0.8  # share of all strokes: a reading with this score needs no other
 MOST, MANY, UNLIKELY = 600, 50, 0.75  # more marks, or more than MANY with a lower median score, are noise or print
 DOUBTFUL = 0.9  # a less probable digit has a ? behind it; where most of three or more have, nothing is read
-Box = tuple[int, int, int, int]  # left, top, right and bottom in pixels; right and bottom lie outside
+
+
+class Box(NamedTuple):
+    """A rectangle in a picture, in pixels from its upper left corner; right and bottom lie outside."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
 
 
 class Digit(NamedTuple):
@@ -93,7 +102,7 @@ def split(digit: Digit, net: Net) -> list[Digit]:
         return [digit]  # two digits cost more
     mark, parts = digit.mark, {}
     # How many strokes a cut before each column goes through, and one cut in each step columns, where these are fewest.
-    strokes, step = (mark.ink > 0).sum(axis=0) / stroke_width(mark.ink > 0), max(2, mark.height // 6)
+    strokes, step = (mark.ink > 0).sum(axis=0) / mark.stroke_width, max(2, mark.height // 6)
     strokes[0] = 0
     steps = range(step, mark.width - step, step)
     cuts = [0, *(start + int(strokes[start : start + step].argmin()) for start in steps), mark.width]
@@ -125,7 +134,7 @@ class Reading:
         """A mark's box in pixels of the picture as it is shown, upright."""
         box = mark.left, mark.top, mark.left + mark.width, mark.top + mark.height
         left, top, right, bottom = (side * self.scale for side in box)
-        return int(left), int(top), math.ceil(right), math.ceil(bottom)
+        return Box(int(left), int(top), math.ceil(right), math.ceil(bottom))
 
     @property
     def digits(self) -> list[Digit]:
@@ -141,6 +150,11 @@ class Reading:
         return sum(digit.mark.length for digit in self.digits)
 
     @property
+    def unread_length(self) -> float:
+        """The length of strokes in marks that are no digits."""
+        return sum(mark.length for mark in self.unread)
+
+    @property
     def score(self) -> float:
         """For the choice between readings: the length of strokes in digits, less that of strokes in unlikely ones."""
         return sum((2 * digit.score - 1) * digit.mark.length for digit in self.digits) if self.rows else -math.inf
@@ -148,7 +162,7 @@ class Reading:
     @property
     def is_sure(self) -> bool:
         """Whether nearly all but the lines and the desk is read as likely digits."""
-        return self.score > SURE * (self.length + sum(mark.length for mark in self.unread))
+        return self.score > SURE * (self.length + self.unread_length)
 
 
 def in_rows(digits: list[Digit]) -> list[list[Digit]]:
@@ -168,13 +182,20 @@ def read_ink(ink: np.ndarray, gap: float, net: Net) -> Reading:
     """Read the digits in ink (H, W), joined over gaps (see find_marks). Noise and print are refused."""
     marks, desk = segment.find_marks(ink, gap)
     refused = Reading(unread=marks, ignored=desk, problem=f"{len(marks)} marks are on it, most of them unlike digits")
-    read, usual = read_marks(marks[:MOST], net), usual_height(marks)
-    if len(marks) > MOST or (len(marks) > MANY and np.median([digit.score for digit in read]) < UNLIKELY):
+    if len(marks) > MOST:
         return refused
-    found = [part for digit in read if digit.mark.fits(usual) for part in split(digit, net)]
-    reading = Reading(in_rows(found), [mark for mark in marks if not mark.fits(usual)], desk)
+    read, usual = read_marks(marks, net), usual_height(marks)
+    if len(marks) > MANY and np.median([digit.score for digit in read]) < UNLIKELY:
+        return refused
+    found, unread = [], []
+    for digit in read:
+        if digit.mark.fits(usual):
+            found += split(digit, net)
+        else:
+            unread.append(digit.mark)
+    reading = Reading(in_rows(found), unread, desk)
     doubtful = len(found) > 2 and np.median([digit.probability for digit in found]) < DOUBTFUL
-    few = 0 < len(found) < len(reading.unread) and reading.length < sum(mark.length for mark in reading.unread)
+    few = 0 < len(found) < len(unread) and reading.length < reading.unread_length
     if doubtful or few:
         return refused
     if not found:
@@ -188,11 +209,12 @@ def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
     most = 0  # the length of strokes in digits, at most, where paper is not looked for nearby
     for nearby in PAPERS:
         ink, lines = segment.find_ink(sheet, nearby)
+        left_out = segment.connected(lines)
         if lines.any():
             yield read_ink(ink, GAPS[0], net)
         for gap in GAPS:
             reading = read_ink(ink * ~lines, gap, net)
-            reading.ignored += segment.connected(lines)
+            reading.ignored += left_out
             most = most if nearby else max(most, reading.length)
             # Of one digit with wide strokes, paper from nearby leaves a rest: a few short pieces.
             if not nearby or (len(reading.digits) > 2 and 2 * reading.length > most):
@@ -221,3 +243,21 @@ def read_picture(picture: Image.Image, net: Net) -> Reading:
         if reading.rows:
             break
     return reading
+
+
+@functools.cache
+def committed_net() -> Net:
+    """The network of the reference run."""
+    return load_net(REFERENCE)
+
+
+def digits(picture: Image.Image, net: Net | None = None) -> list[tuple[Box, Tensor]]:
+    """Each digit's box and field (1, 28, 28) in a picture, row by row. The net is the reference run's by default.
+
+    Boxes are in pixels of the picture as it is shown, upright. classify() gives a field's probabilities, and
+    read_picture() returns more. Raises Failure where there is no digit.
+    """
+    reading = read_picture(picture, net or committed_net())
+    if reading.problem:
+        raise Failure(reading.problem)
+    return [(reading.box(digit.mark), digit.field) for digit in reading.digits]

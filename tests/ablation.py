@@ -14,8 +14,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from reader import read, segment
-from script import REFERENCE, load_net
+from reader import committed_net, read, segment
 from tests import sheets
 
 RULES = {  # what is off: where, its name, and what stands there instead
@@ -57,7 +56,7 @@ def main() -> None:
     base = {}
     for rule, (place, name, instead) in RULES.items():
         with mock.patch.object(place, name, instead):
-            counts = {source: sheets.count(cases, load_net(REFERENCE)) for source, cases in sources.items()}
+            counts = {source: sheets.count(cases, committed_net()) for source, cases in sources.items()}
         base = base or counts
         columns = [f"{100 * (n[1] - base[source][1]) / n[0]:+8.1f}; {n[2]:3d} extra" for source, n in counts.items()]
         print(f"{rule:40}" + "".join(f"{column:>18}" for column in columns), flush=True)

@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw, ImageOps
 
 import predict
 import reader
-from script import HERE, REFERENCE, load_net
+from script import HERE
 from tests import sheets
 from tests.helpers import STROKES
 
-NET = load_net(REFERENCE)
+NET = reader.committed_net()
 
 
 def write(picture, digit, left, top, height, width, colour=0):
@@ -61,8 +61,8 @@ def test_each_kind_of_sheet_is_read(test_set, kind):
 def test_pens_of_every_width_draw_strokes_as_wide_as_mnist_s(width):
     for digit in STROKES:
         assert reading(drawing((400, 400), (digit, 120, 80, 220, width))) == [digit], (digit, width)
-    (digit,) = reader.read_picture(drawing((400, 400), (1, 120, 80, 220, width)), NET).digits
-    assert 1.8 < digit.field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
+    ((_, field),) = reader.digits(drawing((400, 400), (1, 120, 80, 220, width)))
+    assert 1.8 < field[0].sum(dim=1).max() < 3  # pixels of the field; MNIST's own are about 2 to 4
 
 
 def test_dark_corners_a_shadow_a_desk_lines_across_and_specks_are_no_digits():
@@ -129,14 +129,13 @@ def test_digits_are_told_line_by_line_with_boxes_around_them(tmp_path, capsys):
     with Image.open(tmp_path / "seen.png") as seen:
         red = np.asarray(seen.convert("RGB"), dtype=int)
     assert (red[..., 0] - red[..., 1] > 120).sum() > 500  # the frames
-    found = reader.read_picture(picture, NET)
-    boxes = [found.box(digit.mark) for digit in found.digits]
-    for digit, (left, top, right, bottom) in zip(found.digits, boxes, strict=True):
-        assert digit.field.shape == (1, 28, 28)
-        assert 0 <= digit.field.min() <= digit.field.max() <= 1
+    found = reader.digits(picture)
+    for (left, top, right, bottom), field in found:
+        assert field.shape == (1, 28, 28)
+        assert 0 <= field.min() <= field.max() <= 1
         assert 100 <= bottom - top <= 125
         assert right - left <= 80
-    assert tops == pytest.approx([box[1] for box in boxes], abs=8)
+    assert tops == pytest.approx([box.top for box, _ in found], abs=8)
 
 
 def test_bad_pictures_are_named_and_the_good_ones_answered(tmp_path, monkeypatch, capsys):
