@@ -75,7 +75,7 @@ def seen(reading) -> Figure:
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
     height, width = (side * reading.scale for side in reading.sheet.shape[:2])
-    left.imshow(reading.sheet / 255, extent=(0, width, height, 0))
+    left.imshow(reading.sheet, extent=(0, width, height, 0))
     marks = [(mark, "tab:blue", "") for mark in reading.left_out]
     for mark, colour, text in marks + [(digit.mark, "tab:red", digit.value) for digit in reading.digits]:
         x, y, x_end, y_end = reading.box(mark)

@@ -3,7 +3,7 @@
 picture -> sheet      upright, over paper, a million pixels at most                          flatten
 sheet -> ink, lines   what differs from its paper; of that, what is long and thin            find_ink, find_lines
 ink -> marks          connected ink, joined over small gaps, or over large ones              find_marks
-mark -> digit         if it fits: drawn as MNIST's are, classified; cut if two are likelier  as_mnist, split
+mark -> digit         drawn as MNIST's are, classified; if it fits, cut if two are likelier  read_marks, split
 digits -> reading     in rows; of up to six the first that is sure, or else the best         readings, read_sheet
 """
 

@@ -18,13 +18,13 @@ from reader.segment import Mark, bounds, mark_of, stroke_width, usual_height
 from script import MEAN, REFERENCE, STD, Failure, Net, load_net
 
 SIDE, INSIDE = 28, 20  # pixels of an MNIST field, and of the box in it that a digit fits
-FINE = 4  # pixels to one of the field, in which a digit is black on white before it becomes grey
+FINE = 4  # pixels to one of the field, in which a digit is black or white before it becomes grey
 PEN = 2.4  # pixels of the field: strokes are drawn this wide where they would be thinner than MNIST's
 WIDE = 0.8  # of its height: a mark wider than this is less likely to be one digit
 EACH, THROUGH = 0.2, 0.45  # what each digit costs, and each stroke that a cut goes through, as -log(score)
 PAPERS = False, True  # the values of nearby, see find_ink(), in this order
 GAPS = (0.08, 0.6)  # over which ink is joined, as shares of the usual height; the second for badly broken strokes
-SURE = 0.8  # share of all strokes: a reading with this score needs no other
+SURE = 0.8  # of the length of all strokes: a reading with a higher score needs no other
 MOST, MANY, UNLIKELY = 600, 50, 0.75  # more marks, or more than MANY with a lower median score, are noise or print
 DOUBTFUL = 0.9  # a less probable digit has a ? behind it; where most of three or more have, nothing is read
 
@@ -101,7 +101,7 @@ def split(digit: Digit, net: Net) -> list[Digit]:
     if whole[0] < 2 * EACH:
         return [digit]  # two digits cost more
     mark, parts = digit.mark, {}
-    # How many strokes a cut before each column goes through, and one cut in each step columns, where these are fewest.
+    # How many strokes a cut before each column goes through; of each step columns, one with the fewest is a cut.
     strokes, step = (mark.ink > 0).sum(axis=0) / mark.stroke_width, max(2, mark.height // 6)
     strokes[0] = 0
     steps = range(step, mark.width - step, step)
@@ -110,13 +110,13 @@ def split(digit: Digit, net: Net) -> list[Digit]:
         part = mark_of(mark.ink[:, left:right], mark.left + left, mark.top)
         if right - left <= 1.2 * mark.height and 2 * part.height >= mark.height:
             parts[left, right] = part
-    ways = {0: (0, [])}  # the cheapest way up to each column: its cost, and its digits
+    ways = {0: (0, []), mark.width: whole}  # the cheapest way up to each column: its cost, and its digits
     for (left, right), part in zip(parts, read_marks(list(parts.values()), net), strict=True):
         if left in ways:
             cost, before = ways[left]
             way = cost + THROUGH * strokes[left] + EACH - math.log(part.score), [*before, part]
             ways[right] = min(ways.get(right, way), way, key=lambda way: way[0])
-    return min(ways.get(mark.width, whole), whole, key=lambda way: way[0])[1]
+    return ways[mark.width][1]
 
 
 @dataclasses.dataclass
@@ -156,7 +156,7 @@ class Reading:
 
     @property
     def score(self) -> float:
-        """For the choice between readings: the length of strokes in digits, less that of strokes in unlikely ones."""
+        """For the choice between readings: the length of strokes in likely digits, less that in unlikely ones."""
         return sum((2 * digit.score - 1) * digit.mark.length for digit in self.digits) if self.rows else -math.inf
 
     @property
@@ -170,8 +170,7 @@ def in_rows(digits: list[Digit]) -> list[list[Digit]]:
     rows, middle = [], lambda digit: digit.mark.top + digit.mark.height / 2
     for digit in sorted(digits, key=lambda digit: digit.mark.left):
         nearest = min(rows, key=lambda row: abs(middle(row[-1]) - middle(digit)), default=[])
-        heights = [other.mark.height for other in (*nearest[-1:], digit)]
-        if nearest and abs(middle(nearest[-1]) - middle(digit)) < max(heights) / 2:
+        if nearest and abs(middle(nearest[-1]) - middle(digit)) < max(nearest[-1].mark.height, digit.mark.height) / 2:
             nearest.append(digit)
         else:
             rows.append([digit])
@@ -208,13 +207,14 @@ def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
     """Read a sheet in up to six ways: with its lines, without, and over larger gaps; then with paper from nearby."""
     most = 0  # the length of strokes in digits, at most, where paper is not looked for nearby
     for nearby in PAPERS:
-        ink, lines = segment.find_ink(sheet, nearby)
-        left_out = segment.connected(lines)
+        ink, fainter = segment.find_ink(sheet, nearby)
+        lines = segment.find_lines(fainter) & (ink > 0)
+        line_marks = segment.connected(lines)
         if lines.any():
             yield read_ink(ink, GAPS[0], net)
         for gap in GAPS:
             reading = read_ink(ink * ~lines, gap, net)
-            reading.ignored += left_out
+            reading.ignored += line_marks
             most = most if nearby else max(most, reading.length)
             # Of one digit with wide strokes, paper from nearby leaves a rest: a few short pieces.
             if not nearby or (len(reading.digits) > 2 and 2 * reading.length > most):

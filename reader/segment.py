@@ -19,7 +19,7 @@ MOST_PIXELS = 1_000_000  # larger pictures are shrunk to this many
 NEARBY = 0.12  # of the sheet's shorter side: what is wider is paper, when paper is looked for nearby
 FAINTEST = 0.06  # ink differs from its paper by at least this share of the paper's brightness
 NOISE = 8  # and by this many times the usual noise
-WEAK, STRONG = 0.3, 0.5  # shares of the strongest ink near a pixel: ink if connected to strong ink, and ink by itself
+WEAK, STRONG = 0.3, 0.5  # of the usual ink, or of stronger ink nearby: ink if connected to strong, and ink by itself
 LINE = 0.25  # of the usual ink: lines are looked for in all that is stronger, as they are fainter than strokes
 LONG, LONGER = 0.45, 1.3  # a line is longer than this share of the sheet's side, and of the usual height
 THICK = 1 / 40  # of the sheet's longer side: a line is thinner than this, or than 12 pixels if that is more
@@ -57,7 +57,7 @@ class Mark(NamedTuple):
         Its strokes are longer than half its box, unlike those of joined specks, and its box is twice as long as they
         are wide, unlike that of a blob.
         """
-        if not usual <= 2 * self.height <= 4 * usual or self.width >= WIDEST * usual:  # half to twice the usual height
+        if not usual / 2 <= self.height <= 2 * usual or self.width >= WIDEST * usual:
             return False
         return 2 * self.length > max(self.ink.shape) > 2 * self.stroke_width
 
@@ -85,7 +85,7 @@ def usual_height(marks: list[Mark]) -> float:
 
 
 def flatten(picture: Image.Image, paper: str) -> np.ndarray:
-    """The picture, upright and over paper of this colour where it is transparent: (H, W, 3) in [0, 255].
+    """The picture, upright and over paper of this colour where it is transparent: (H, W, 3) in [0, 255], 8 bits.
 
     Raises Failure if it has values that are not finite.
     """
@@ -102,7 +102,7 @@ def flatten(picture: Image.Image, paper: str) -> np.ndarray:
     shrink = min(1, math.sqrt(MOST_PIXELS / (layers.width * layers.height)))
     layers = layers.resize([max(1, round(side * shrink)) for side in layers.size], Image.Resampling.BOX)
     sheet = Image.alpha_composite(Image.new("RGBA", layers.size, paper), layers)
-    return np.asarray(sheet.convert("RGB"), dtype=np.float32)
+    return np.asarray(sheet.convert("RGB"))
 
 
 def without_ink(grey: np.ndarray, nearby: bool) -> np.ndarray:
@@ -127,11 +127,11 @@ def roughness(grey: np.ndarray) -> float:
 
 
 def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The ink on a sheet (H, W, 3) in [0, 255], and which of it is lines: (H, W) each, 0 where there is none.
+    """The ink on a sheet (H, W, 3) in [0, 255], 0 where there is none, and where lines are looked for: (H, W) each.
 
     Ink is what differs from its paper, in shares of the paper's brightness. nearby: see without_ink().
     """
-    small = Image.fromarray(np.uint8(sheet))
+    small = Image.fromarray(sheet)
     small.thumbnail((100, 100), Image.Resampling.BOX)
     weights, papers = [], []
     for channel in np.moveaxis(np.asarray(small, dtype=np.float32), 2, 0):
@@ -162,7 +162,7 @@ def find_ink(sheet: np.ndarray, nearby: bool) -> tuple[np.ndarray, np.ndarray]:
         mask = apply_hysteresis_threshold(smooth, weak, strong)
         if mask.any():  # a little ink outweighs much grain
             usual_ink = np.average(smooth[mask], weights=smooth[mask] ** 3)
-    return np.maximum(grey - paper, FAINTEST) * mask, find_lines(smooth > max(faintest, LINE * usual_ink)) & mask
+    return np.maximum(grey - paper, FAINTEST) * mask, smooth > max(faintest, LINE * usual_ink)
 
 
 def lines_across(mask: np.ndarray) -> np.ndarray:
@@ -189,7 +189,7 @@ def find_lines(mask: np.ndarray) -> np.ndarray:
 def connected(ink: np.ndarray, near: np.ndarray | None = None) -> list[Mark]:
     """The ink (H, W) as marks, without dust: what is connected, or lies in one region of near (H, W)."""
     regions = regionprops(label(ink > 0 if near is None else near) * (ink > 0))
-    marks = [mark_of(np.where(region.image, ink[region.slice], 0), *region.bbox[1::-1]) for region in regions]
+    marks = [Mark(region.bbox[1], region.bbox[0], ink[region.slice] * region.image) for region in regions]
     return [mark for mark in marks if max(mark.ink.shape) > 2]
 
 
