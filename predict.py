@@ -45,10 +45,10 @@ def picture_files(paths: list[str]) -> Iterator[str]:
     for path in paths:
         inside = []
         with contextlib.suppress(OSError):  # no folder, or one that may not be read: pages() says so
-            inside = [Path(path, name) for name in sorted(os.listdir(path))]
-        # macOS writes ._x.jpg beside x.jpg; a named pipe would wait for ever.
-        inside = [file for file in inside if file.suffix.lower() in endings and not file.name.startswith("._")]
-        yield from [str(file) for file in inside if not file.is_fifo() and not is_own(file)] or [path]
+            inside = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in endings]
+            # macOS writes ._x.jpg beside x.jpg; a named pipe would wait for ever.
+            inside = [file for file in inside if not (file.name.startswith("._") or file.is_fifo() or is_own(file))]
+        yield from map(str, inside or [path])
 
 
 def pages(path: str, one: bool) -> Iterator[tuple[str, Image.Image | str]]:
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     text = "draw one picture, what was found in it and what the network saw, as a new PNG or one drawn before"
     parser.add_argument("--seen", type=Path, metavar="FILE.png", help=text)
     args = parser.parse_args(argv)
-    if args.seen and (len(args.pictures) != 1 or Path(args.pictures[0]).is_dir()):
+    if args.seen and (len(args.pictures) != 1 or os.path.isdir(args.pictures[0])):
         parser.error("--seen goes with one picture")
     if args.seen and (args.seen.suffix != ".png" or (os.path.exists(args.seen) and not is_own(args.seen))):
         parser.error(f"--seen {args.seen}: not a new file that ends in .png, nor one that --seen drew")
