@@ -217,7 +217,7 @@ def readings(sheet: np.ndarray, net: Net) -> Iterator[Reading]:
             reading.ignored += line_marks
             most = most if nearby else max(most, reading.length)
             # Of one digit with wide strokes, paper from nearby leaves a rest: a few short pieces.
-            if not nearby or (len(reading.digits) > 2 and 2 * reading.length > most):
+            if not nearby or reading.is_sure or reading.length > most:
                 yield reading
 
 

@@ -24,7 +24,8 @@ from script import HERE, REFERENCE, Net, load_mnist, load_net
 
 KINDS = """clean, lamp, vignette, shadow, dust, ruled, squared, noise, blur, JPEG, thin pen, thick pen, pencil, colours,
 chalk, transparency, cropped, border, small, photo""".replace("\n", " ").split(", ")
-PAGES = ["ten digits", "desk", "on lines", "boxes", "grid of 81", "faint pencil", "sizes", "slanting", "touching"]
+PAGES = """ten digits, desk, phone shadow, on lines, boxes, grid of 81, faint pencil, sizes, slanting,
+touching""".replace("\n", " ").split(", ")
 FORMS = ["field", "tight boxes", "comb"]  # digits side by side that touch the printed lines
 
 
@@ -158,6 +159,9 @@ def page(kind: str, digits: np.ndarray, rng: np.random.Generator) -> Image.Image
     printed |= {"tight boxes": field | inside & between, "comb": (field | inside & between) & (middle > 10)}
     printed = printed.get(kind, np.zeros_like(grid))
     light = uniform(170, 240) * (1 - uniform(0, 0.4) * (across - across.min()) / np.ptp(across))  # a lamp at the left
+    if kind == "phone shadow":  # narrow, and over some of the digits
+        middle, half = uniform(0.3, 0.7) * shape[1], uniform(0.15, 0.25) * shape[1]
+        light = light * (1 - uniform(0.3, 0.55) * np.clip((half - np.abs(across - middle)) / uniform(1, 12), 0, 1))
     ink = uniform(0.2, 0.3) if kind == "faint pencil" else uniform(0.6, 0.8)
     picture = light * (1 - np.maximum(cover * ink, 0.5 * printed))
     picture = Image.fromarray(np.uint8(np.clip(picture + 3 * rng.standard_normal(cover.shape), 0, 255)))
