@@ -160,8 +160,8 @@ def page(kind: str, digits: np.ndarray, rng: np.random.Generator) -> Image.Image
     printed = printed.get(kind, np.zeros_like(grid))
     light = uniform(170, 240) * (1 - uniform(0, 0.4) * (across - across.min()) / np.ptp(across))  # a lamp at the left
     if kind == "phone shadow":  # narrow, and over some of the digits
-        middle, half = uniform(0.3, 0.7) * shape[1], uniform(0.15, 0.25) * shape[1]
-        light = light * (1 - uniform(0.3, 0.55) * np.clip((half - np.abs(across - middle)) / uniform(1, 12), 0, 1))
+        centre, half = uniform(0.3, 0.7) * shape[1], uniform(0.15, 0.25) * shape[1]
+        light = light * (1 - uniform(0.3, 0.55) * np.clip((half - np.abs(across - centre)) / uniform(1, 12), 0, 1))
     ink = uniform(0.2, 0.3) if kind == "faint pencil" else uniform(0.6, 0.8)
     picture = light * (1 - np.maximum(cover * ink, 0.5 * printed))
     picture = Image.fromarray(np.uint8(np.clip(picture + 3 * rng.standard_normal(cover.shape), 0, 255)))
