@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage.morphology import skeletonize
 
-from reader import read_picture
-from script import HERE, REFERENCE, Net, load_mnist, load_net
+from reader import committed_net, read_picture
+from script import HERE, Net, load_mnist
 
 KINDS = """clean, lamp, vignette, shadow, dust, ruled, squared, noise, blur, JPEG, thin pen, thick pen, pencil, colours,
 chalk, transparency, cropped, border, small, photo""".replace("\n", " ").split(", ")
@@ -234,11 +234,10 @@ def main() -> None:
         rng = np.random.default_rng(2026)
         page("desk", digits[rng.choice(800, 30, replace=False)], rng).save(args.sheet, quality=85)
         return
-    net = load_net(REFERENCE)
     sources = {"MNIST": (digits, labels)} | ({"strokes": load(args.strokes)} if args.strokes else {})
     print(f"{'kind of sheet':<14}" + "".join(f"{source:>10}" for source in sources))
     for kind in KINDS + PAGES + FORMS:
-        shares = [right(net, kind, *source, 100, 13) for source in sources.values()]
+        shares = [right(committed_net(), kind, *source, 100, 13) for source in sources.values()]
         print(f"{kind:<14}" + "".join(f"{share:>10.1%}" for share in shares), flush=True)
 
 
